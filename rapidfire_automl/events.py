@@ -1,0 +1,42 @@
+"""What the executor tells the outside while a search runs: one frozen record per happening."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from types import MappingProxyType
+from typing import Any
+
+
+@dataclass(frozen=True, slots=True)
+class Event:
+    """One happening of a search.
+
+    Kinds and their `data`:
+
+    - `plan`: `budget_tokens`, `trials_per_pass`, `reason`. The planner has chosen (again).
+    - `base_evaluated`: `value`. The untrained base's value on the shared evaluation set.
+    - `trial_started`: `params`, `trainer` (class name), `max_steps`, `boundaries` (step of each chunk's end), `fused`.
+    - `step`: `step`, `max_steps`. An optimizer step is done.
+    - `chunk_done`: `value` (as the user's metric gives it, sign not flipped), `seconds`, `tokens`.
+    - `verdict`: `verdict`, `reason`. Also for paused trials that resume.
+    - `trial_ended`: `state` ("complete", "pruned", "failed"), `value`, `reason`, `adapter` (path or None).
+    - `out_of_memory`: `budget_tokens` (the new one).
+    - `warning`: `message`.
+
+    Args:
+        kind: One of the above.
+        time_s: Seconds since the executor was entered.
+        trial: Optuna's trial number, or None where no trial is meant.
+        chunk: Chunks the trial has done, or None.
+        data: The rest.
+    """
+
+    kind: str
+    time_s: float
+    trial: int | None = None
+    chunk: int | None = None
+    data: Mapping[str, Any] = field(default_factory=lambda: MappingProxyType({}))
+
+
+Listener = Callable[[Event], None]
