@@ -189,7 +189,8 @@ def test_one_after_the_other_it_is_optuna_s_pruner(reduction_factor: int, min_re
     ends = set()
     for number, curve in enumerate(curves):
         stock = study.ask()
-        state, values = TrialState.RUNNING, ()
+        state = TrialState.RUNNING
+        values: tuple[float, ...] = ()
         for chunk, value in enumerate(curve.tolist(), start=1):
             values = (*values, value)
             stock.report(value, step=chunk)
