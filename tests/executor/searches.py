@@ -79,11 +79,11 @@ def sums(count: int, seed: int = 0) -> Dataset:
     return Dataset.from_dict({"input_ids": rows})
 
 
-TRAIN, HELD_OUT = sums(24), sums(6, seed=1)
+TRAIN, HELD_OUT = sums(12), sums(6, seed=1)
 
 
 def sft(executor: RapidFireExecutor, trial: optuna.Trial, *, lr: float, r: int = 4, **given: Any) -> SFTTrainer:
-    """An `SFTTrainer` of twelve steps; `given` overrides the config's fields and the trainer's arguments."""
+    """An `SFTTrainer` of six steps; `given` overrides the config's fields and the trainer's arguments."""
     trainer = {
         name: given.pop(name)
         for name in ("model", "train_dataset", "eval_dataset", "peft_config", "callbacks", "processing_class")
