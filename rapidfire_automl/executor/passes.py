@@ -17,7 +17,7 @@ from ..plan import Plan
 from . import attention, seams
 from .adapters import AdapterBank, LoraSite
 from .head import Head, entropy_jacobian, score
-from .lean import lean_norms
+from .lean import make_lean
 from .multiplex import JointPass, MultiplexedLinear, Segment
 from .requests import Forward
 
@@ -117,7 +117,7 @@ class Multiplexer:
         self._current: JointPass | None = None
         self._scales: dict[tuple[Any, ...], Mapping[str, Tensor]] = {}
         self._cast_head: dict[torch.dtype, Head] = {}
-        lean_norms(self._decoder)
+        make_lean(self._decoder)
         attention.install(self._mux, tuple({base.dtype, torch.bfloat16}))
 
     def wrap(self, sites: Mapping[str, LoraSite]) -> None:
