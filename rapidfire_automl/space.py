@@ -278,16 +278,6 @@ def is_concrete(value: Any) -> bool:
     return next(_walk(value, ()), None) is None
 
 
-def dotted(path: Path) -> str:
-    """A path for people, e.g. `peft_config.r`."""
-    return _dotted(path, "config")
-
-
-def nodes(value: Any) -> Iterator[tuple[Path, List | Range]]:
-    """Every `List` and `Range` in a value with the way to it, those within members of a `List` included."""
-    return _walk(value, ())
-
-
 def _walk(value: Any, path: Path) -> Iterator[tuple[Path, List | Range]]:
     if isinstance(value, (List, Range)):
         yield path, value
