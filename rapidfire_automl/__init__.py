@@ -1,0 +1,75 @@
+"""AutoML search for LLM fine-tuning: plain Optuna and TRL code, where every trial is an arm on one frozen base model.
+
+Names are loaded at their first use (PEP 562), so that `import rapidfire_automl` is fast and needs no torch.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from rapidfire_automl.configs import RFDPOConfig, RFLoraConfig, RFModelConfig, RFSFTConfig
+    from rapidfire_automl.events import Event
+    from rapidfire_automl.executor import Plan, RapidFireExecutor
+    from rapidfire_automl.experiment import AutoML, Experiment, RFGridSearch, RFOptuna, RFRandomSearch
+    from rapidfire_automl.pruners import PolicyPruner
+    from rapidfire_automl.search import SearchResult, run_search
+    from rapidfire_automl.space import List, Range
+
+__version__ = "0.1.0.dev0"
+
+_MODULES = {
+    "AutoML": "experiment",
+    "Event": "events",
+    "Experiment": "experiment",
+    "List": "space",
+    "Plan": "executor",
+    "PolicyPruner": "pruners",
+    "RFDPOConfig": "configs",
+    "RFGridSearch": "experiment",
+    "RFLoraConfig": "configs",
+    "RFModelConfig": "configs",
+    "RFOptuna": "experiment",
+    "RFRandomSearch": "experiment",
+    "RFSFTConfig": "configs",
+    "Range": "space",
+    "RapidFireExecutor": "executor",
+    "SearchResult": "search",
+    "run_search": "search",
+}
+
+__all__ = [
+    "AutoML",
+    "Event",
+    "Experiment",
+    "List",
+    "Plan",
+    "PolicyPruner",
+    "RFDPOConfig",
+    "RFGridSearch",
+    "RFLoraConfig",
+    "RFModelConfig",
+    "RFOptuna",
+    "RFRandomSearch",
+    "RFSFTConfig",
+    "Range",
+    "RapidFireExecutor",
+    "SearchResult",
+    "__version__",
+    "run_search",
+]
+
+
+def __getattr__(name: str) -> Any:
+    """Load an exported name from its module and keep it."""
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(import_module(f"{__name__}.{_MODULES[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    """List the exported names, loaded or not."""
+    return sorted({*globals(), *_MODULES})
