@@ -6,20 +6,17 @@ PEFT are imported inside functions: reading a search file stays fast.
 
 from __future__ import annotations
 
-import itertools
-import json
 import types
 import typing
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import fields
 from functools import cache
 from typing import Any, Literal
 
+from rapidfire_automl import space
 from rapidfire_automl.hints import unknown
 from rapidfire_automl.settings import Range, Settings, SettingsError, TrainerName
-
-if typing.TYPE_CHECKING:
-    import optuna
+from rapidfire_automl.space import Space
 
 Part = Literal["args", "lora"]
 
@@ -47,54 +44,6 @@ _NOT_YOURS: Mapping[str, str] = {
 }
 
 
-@dataclass(frozen=True)
-class Dimension:
-    """One searched field.
-
-    Args:
-        name: The parameter's name in Optuna: the field's, or with its prefix as the search file has it.
-        field: The field of the TRL config or of `LoraConfig`.
-        part: Which of the two.
-        domain: A range, or the choices.
-        integer: Whether a range draws integers.
-    """
-
-    name: str
-    field: str
-    part: Part
-    domain: Range | list[Any]
-    integer: bool = False
-
-    def suggest(self, trial: optuna.Trial) -> Any:
-        """Draw a value. Choices that Optuna cannot store (lists, tables) go through their JSON text."""
-        if isinstance(self.domain, list):
-            return self.decode(trial.suggest_categorical(self.name, self.labels()))
-        low, high, step = self.domain.low, self.domain.high, self.domain.step
-        if self.integer:
-            return trial.suggest_int(self.name, int(low), int(high), log=self.domain.log, step=int(step or 1))
-        return trial.suggest_float(self.name, float(low), float(high), log=self.domain.log, step=step)
-
-    def labels(self) -> list[bool | int | float | str | None]:
-        """The choices as Optuna stores them; empty for a range."""
-        return [_label(choice) for choice in self.domain] if isinstance(self.domain, list) else []
-
-    def decode(self, label: object) -> Any:
-        """The choice behind a label."""
-        return next(choice for choice in self.domain if _label(choice) == label)
-
-    def sample(self) -> Any:
-        """Some value of the dimension, for trying out whether a configuration can be built."""
-        if isinstance(self.domain, list):
-            return self.domain[0]
-        return int(self.domain.low) if self.integer else float(self.domain.low)
-
-
-def _label(choice: object) -> bool | int | float | str | None:
-    if choice is None or isinstance(choice, (bool, int, float, str)):
-        return choice
-    return json.dumps(choice)
-
-
 @cache
 def _annotations(class_name: str) -> Mapping[str, Any]:
     """Field name -> annotation of a TRL config or of `LoraConfig`."""
@@ -118,76 +67,78 @@ def lora_fields() -> Mapping[str, Any]:
     return _annotations("LoraConfig")
 
 
-def check_fields(settings: Settings) -> tuple[Dimension, ...]:
+def check_fields(settings: Settings) -> Space:
     """Hold `[args]`, `[lora]` and `[space]` against the fields of TRL's config and of `LoraConfig`.
 
     Returns:
-        The search space, in the file's order.
+        `{"args": ..., "lora": ...}`: keyword arguments for the two, with `List` and `Range` where `[space]` searches.
 
     Raises:
         SettingsError: Unknown fields (with the nearest), fields the search itself sets, values of the wrong kind,
-            fields that are fixed and searched at once; one line per mistake.
+            fields that are fixed and searched at once, a range in a grid; one line per mistake.
     """
     known: dict[Part, Mapping[str, Any]] = {"args": args_fields(settings.trainer), "lora": lora_fields()}
-    problems: list[str] = []
     fixed: dict[Part, Mapping[str, Any]] = {"args": settings.args, "lora": settings.lora}
-    for part, values in fixed.items():
-        for name, value in values.items():
-            problems += _problems(f"{part}.{name}", name, part, known, [value])
-    dimensions = []
+    tree: dict[Part, dict[str, Any]] = {"args": dict(settings.args), "lora": dict(settings.lora)}
+    problems = [
+        problem
+        for part, values in fixed.items()
+        for name, value in values.items()
+        for problem in _problems(f"{part}.{name}", name, part, known, [value])
+    ]
     for name, domain in settings.space.items():
-        placed = _place(name, known)
-        if isinstance(placed, str):
-            problems.append(placed)
-            continue
-        part, field = placed
-        values = domain if isinstance(domain, list) else [domain.low, domain.high]
-        found = _problems(f"space.{name}", field, part, known, values)
-        if field in fixed[part]:
-            found.append(f"`{field}` is fixed in [{part}] and searched in [space]; drop one.")
-        problems += found
-        kinds = _kinds(known[part].get(field, Any))
-        whole = isinstance(domain, Range) and all(isinstance(v, int) for v in (domain.low, domain.high))
-        dimensions.append(Dimension(name, field, part, domain, integer=whole and "float" not in kinds))
-    if problems:
-        raise SettingsError("\n".join(dict.fromkeys(problems)))
-    if settings.search.sampler.name == "grid":
-        for dimension in dimensions:
-            if isinstance(dimension.domain, Range):
+        try:
+            part, field = _place(name, known)
+            if field in fixed[part]:
+                raise SettingsError(f"`{field}` is fixed in [{part}] and searched in [space]; drop one.")
+            if isinstance(domain, Range) and settings.search.sampler.name == "grid":
                 raise SettingsError(
-                    f"`space.{dimension.name}` is a range, and a grid needs lists of choices. "
+                    f"`space.{name}` is a range, and a grid needs lists of choices. "
                     'List the values, or take `sampler = "random"`.'
                 )
-    return tuple(dimensions)
+            problems += _problems(f"space.{name}", field, part, known, _bounds(domain))
+            tree[part][field] = _node(name, domain, known[part][field])
+        except SettingsError as error:
+            problems.append(str(error))
+    if problems:
+        raise SettingsError("\n".join(dict.fromkeys(problems)))
+    return Space(tree)
 
 
-def split(dimensions: Iterable[Dimension], values: Mapping[str, Any]) -> dict[Part, dict[str, Any]]:
-    """Sort drawn values (by parameter name) into keyword arguments of the TRL config and of `LoraConfig`."""
-    parts: dict[Part, dict[str, Any]] = {"args": {}, "lora": {}}
-    for dimension in dimensions:
-        parts[dimension.part][dimension.field] = values[dimension.name]
-    return parts
+def _bounds(domain: Range | list[Any]) -> list[Any]:
+    """The values by which a domain is checked."""
+    return domain if isinstance(domain, list) else [domain.low, domain.high]
 
 
-def grid(dimensions: Iterable[Dimension]) -> list[dict[str, Any]]:
-    """Every combination of the choices, as Optuna's parameters, the last dimension moving fastest."""
-    dimensions = tuple(dimensions)
-    combinations = itertools.product(*(dimension.labels() for dimension in dimensions))
-    return [dict(zip((d.name for d in dimensions), labels, strict=True)) for labels in combinations]
+def _node(name: str, domain: Range | list[Any], annotation: object) -> space.List | space.Range:
+    if isinstance(domain, list):
+        return space.List(domain)
+    dtype = "float" if "float" in _kinds(annotation) else None
+    try:
+        return space.Range(domain.low, domain.high, dtype=dtype, log=domain.log, step=domain.step)
+    except ValueError as error:
+        raise SettingsError(f"`space.{name}`: {error}") from None
 
 
-def _place(name: str, known: Mapping[Part, Mapping[str, Any]]) -> tuple[Part, str] | str:
-    """Where a key of the space belongs, or what is wrong with it."""
+def _place(name: str, known: Mapping[Part, Mapping[str, Any]]) -> tuple[Part, str]:
+    """Where a key of the space belongs."""
     prefix, dot, field = name.partition(".")
     if dot:
         if prefix not in known:
-            return f"`space.{name}`: the part before the dot must be `lora` or `args`, got `{prefix}`."
+            raise SettingsError(f"`space.{name}`: before the dot must stand `lora` or `args`, got `{prefix}`.")
         part: Part = "lora" if prefix == "lora" else "args"
-        return (part, field) if field in known[part] else unknown(field, known[part], f"space.{part}")
-    homes: list[Part] = [part for part in ("args", "lora") if name in known[part]]
+        if field not in known[part]:
+            raise SettingsError(unknown(field, known[part], f"space.{part}"))
+        return part, field
+    homes = [part for part in known if name in known[part]]
+    if not homes:
+        raise SettingsError(unknown(name, {*known["args"], *known["lora"]}, "space"))
     if len(homes) == 2:
-        return f"`space.{name}` is a field of both the trainer's config and LoraConfig; write `args.{name}` or `lora.{name}`."
-    return (homes[0], name) if homes else unknown(name, {*known["args"], *known["lora"]}, "space")
+        raise SettingsError(
+            f"`space.{name}` is a field of the trainer's config and of LoraConfig; "
+            f"write `args.{name}` or `lora.{name}`."
+        )
+    return homes[0], name
 
 
 def _problems(
