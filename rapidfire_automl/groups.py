@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import optuna
 
 from rapidfire_automl.configs import TRAINING_ARGS, RFLoraConfig, RFModelConfig
-from rapidfire_automl.hints import nearest
 from rapidfire_automl.space import Choice, List, Space
+from rapidfire_automl.strategies import check_count, check_direction, make_pruning, make_sampler, unknown
 
 if TYPE_CHECKING:
     from rapidfire_policies import Policy
@@ -42,8 +42,6 @@ _LOGGED_AS = {
     "eval_rewards/margins": "reward_margin",
     "rewards/margins": "reward_margin",
 }
-_SAMPLERS = ("tpe", "random", "cmaes", "gp", "qmc")
-_PRUNERS = ("asha", "median", "nop")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -312,82 +310,6 @@ def builtin_metric(metric: Metric | None) -> tuple[bool, Metric | None]:
     return metric is None or callable(metric) or metric in METRICS, metric
 
 
-def check_count(name: str, value: Any, least: int = 1) -> int:
-    """Refuse what is no whole number of at least `least`.
-
-    Raises:
-        ValueError: It isn't one.
-    """
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        raise ValueError(f"`{name}` must be a whole number >= {least}, got {value!r}.")
-    return value
-
-
-def check_direction(direction: str) -> str:
-    """Refuse what is neither direction.
-
-    Raises:
-        ValueError: It is neither.
-    """
-    if direction not in ("minimize", "maximize"):
-        raise ValueError(f'`direction` must be "minimize" or "maximize", got {direction!r}.')
-    return direction
-
-
-def make_sampler(sampler: Any, seed: int) -> optuna.samplers.BaseSampler:
-    """An Optuna sampler by name; one that is given as such passes through.
-
-    Raises:
-        ValueError: An unknown name.
-        ImportError: The sampler needs a package that isn't installed; the message has the `pip install` line.
-    """
-    if isinstance(sampler, optuna.samplers.BaseSampler):
-        return sampler
-    if sampler == "tpe":
-        # Most trials are still running when the next one is asked for; without the liar they would look alike.
-        return optuna.samplers.TPESampler(seed=seed, constant_liar=True)
-    if sampler == "random":
-        return optuna.samplers.RandomSampler(seed=seed)
-    if sampler == "gp":
-        return optuna.samplers.GPSampler(seed=seed)
-    if sampler == "qmc":
-        return optuna.samplers.QMCSampler(seed=seed)
-    if sampler == "cmaes":
-        try:
-            import cmaes  # noqa: F401
-        except ImportError:
-            raise ImportError('`sampler="cmaes"` needs a package: pip install cmaes') from None
-        return optuna.samplers.CmaEsSampler(seed=seed)
-    raise ValueError(_unknown("sampler", sampler, _SAMPLERS, "an Optuna sampler"))
-
-
-def make_pruning(pruning: Any) -> Policy | optuna.pruners.BasePruner | None:
-    """A policy or an Optuna pruner by name; one that is given as such passes through.
-
-    Raises:
-        ValueError: An unknown name.
-    """
-    from rapidfire_policies import ASHA, Nop, Policy
-
-    if pruning is None or isinstance(pruning, (Nop, optuna.pruners.NopPruner)) or pruning == "nop":
-        return None
-    if isinstance(pruning, (Policy, optuna.pruners.BasePruner)):
-        return pruning
-    if pruning == "asha":
-        return ASHA()
-    if pruning == "median":
-        from rapidfire_policies.median import Median
-
-        return Median()
-    raise ValueError(_unknown("policy", pruning, _PRUNERS, "a policy or an Optuna pruner"))
-
-
-def _unknown(what: str, name: Any, known: Iterable[str], otherwise: str) -> str:
-    near = nearest(name, known) if isinstance(name, str) else None
-    hint = f" Did you mean {near!r}?" if near else ""
-    return f"`{what}` must be one of {', '.join(known)}, or {otherwise}; got {name!r}.{hint}"
-
-
 def _objective(objective: str) -> tuple[str, Metric]:
     if "," in objective:
         raise ValueError(f"`objective` must name one metric, got {objective!r}. Several can't be searched for at once.")
@@ -410,7 +332,7 @@ def _trainer_type(given: str | None, configs: Sequence[RFModelConfig]) -> str:
         return name
     if name in ("GRPO", "RLOO"):
         raise ValueError(f"`trainer_type` {name} is not supported yet. Known: {', '.join(TRAINING_ARGS)}.")
-    raise ValueError(_unknown("trainer_type", given, list(TRAINING_ARGS), "left out"))
+    raise ValueError(unknown("trainer_type", given, list(TRAINING_ARGS), "left out"))
 
 
 def _normalised(config: RFModelConfig, trainer_type: str) -> RFModelConfig:
@@ -422,8 +344,8 @@ def _normalised(config: RFModelConfig, trainer_type: str) -> RFModelConfig:
     args_class = TRAINING_ARGS[trainer_type]
     if config.ref_model_name not in (None, config.model_name):
         raise ValueError(
-            f"`ref_model_name` must be the base itself, got {config.ref_model_name!r}: the reference is the shared base "
-            "with the adapter switched off. Leave it out."
+            f"`ref_model_name` must be the base itself, got {config.ref_model_name!r}: the reference is the shared "
+            "base with the adapter switched off. Leave it out."
         )
 
     def args(value: Any) -> Any:
