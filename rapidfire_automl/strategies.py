@@ -14,7 +14,6 @@ if TYPE_CHECKING:
     from rapidfire_policies import Policy
 
 _SAMPLERS = ("tpe", "random", "cmaes", "gp", "qmc")
-_PRUNERS = ("asha", "median", "nop")
 
 
 def check_count(name: str, value: Any, least: int = 1) -> int:
@@ -70,23 +69,21 @@ def make_pruning(pruning: Any) -> Policy | optuna.pruners.BasePruner | None:
     Raises:
         ValueError: An unknown name.
     """
-    from rapidfire_policies import ASHA, Nop, Policy
+    from rapidfire_automl.pruners import policy_from_name
+    from rapidfire_policies import Nop, Policy
 
-    if pruning is None or isinstance(pruning, (Nop, optuna.pruners.NopPruner)) or pruning == "nop":
+    if isinstance(pruning, str):
+        pruning = policy_from_name(pruning)
+    if pruning is None or isinstance(pruning, (Nop, optuna.pruners.NopPruner)):
         return None
     if isinstance(pruning, (Policy, optuna.pruners.BasePruner)):
         return pruning
-    if pruning == "asha":
-        return ASHA()
-    if pruning == "median":
-        from rapidfire_policies.median import Median
-
-        return Median()
-    raise ValueError(unknown("policy", pruning, _PRUNERS, "a policy or an Optuna pruner"))
+    raise ValueError(f"`policy` must be a policy, its name, or an Optuna pruner; got {pruning!r}.")
 
 
 def unknown(what: str, name: Any, known: Iterable[str], otherwise: str) -> str:
     """One line that says what `what` may be, and which name was probably meant."""
-    near = nearest(name, known) if isinstance(name, str) else None
+    spelt = {candidate.lower(): candidate for candidate in known}
+    near = spelt.get(nearest(name, spelt) or "") if isinstance(name, str) else None
     hint = f" Did you mean {near!r}?" if near else ""
     return f"`{what}` must be one of {', '.join(known)}, or {otherwise}; got {name!r}.{hint}"
