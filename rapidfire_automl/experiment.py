@@ -34,7 +34,7 @@ from rapidfire_automl.jsonable import dumps
 from rapidfire_automl.results import FitResult, GroupResult
 from rapidfire_automl.space import List
 from rapidfire_automl.strategies import check_count, check_direction, make_pruning
-from rapidfire_automl.trainers import SAMPLE_SIZE, Data, Logs, answer_metric, as_dataset, build_trainer
+from rapidfire_automl.trainers import SAMPLE_SIZE, Data, Logs, answer_metric, as_dataset, build_trainer, quiet_datasets
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -225,7 +225,8 @@ class Experiment:
                 found = self._begin(group, search)
                 done.append(found)
                 try:
-                    self._search(search, found, create_model_fn, data, chunks, seed, timeout_s)
+                    with quiet_datasets():
+                        self._search(search, found, create_model_fn, data, chunks, seed, timeout_s)
                 except SearchFailed as error:
                     found.result = error.result
                     failed.append(error)

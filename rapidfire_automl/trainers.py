@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -133,6 +134,20 @@ def build_trainer(
     trainer.answer_scores = answers
     trainer.answer_logs = logs
     return trainer
+
+
+@contextmanager
+def quiet_datasets() -> Iterator[None]:
+    """Without the six progress bars that TRL's preparation of the data draws for every trial."""
+    import datasets
+
+    shown = datasets.are_progress_bars_disabled() is False
+    datasets.disable_progress_bars()
+    try:
+        yield
+    finally:
+        if shown:
+            datasets.enable_progress_bars()
 
 
 def answer_metric(key: str) -> Callable[[Any], float]:
