@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import optuna
 
 if TYPE_CHECKING:
-    from rapidfire_automl.executor.record import TrialRecord
+    from rapidfire_automl.records import TrialRecord
     from rapidfire_automl.search import SearchResult
 
 

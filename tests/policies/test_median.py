@@ -23,7 +23,8 @@ def stopped(policy: Median, *trials: TrialHistory) -> set[int]:
 
 
 def test_worked_table() -> None:
-    # 0: 0.40 against median(0.45, 0.41) = 0.43; 1: 0.45 against 0.405; 3: 0.70 against median(0.5, 0.6, 0.9, 0.55) = 0.575.
+    # 0: 0.40 against median(0.45, 0.41) = 0.43. 1: 0.45 against 0.405.
+    # 3: 0.70 against median(0.5, 0.6, 0.9, 0.55) = 0.575.
     assert stopped(Median(), *TABLE) == {1, 3}
     assert stopped(Median(min_resource=2), *TABLE) == {1}
     assert stopped(Median(min_peers=3), *TABLE) == {3}
