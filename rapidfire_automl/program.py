@@ -230,7 +230,10 @@ def build_pruner(settings: Settings) -> optuna.pruners.BasePruner:
     try:
         return PolicyPruner(policy_from_name(plugin.name, **plugin.arguments), chunks=settings.search.chunks)
     except ValueError as error:
-        raise SettingsError(f"`search.policy`: {str(error).removeprefix('`policy` ')}") from None
+        message = str(error)
+        if message.startswith("`policy`"):
+            raise SettingsError(message.replace("`policy`", "`search.policy`", 1)) from None
+        raise SettingsError(f"`search.policy`: {message}") from None
 
 
 def _build(plugin: Plugin, cls: Any, key: str, kind: type, seed: int | None = None) -> Any:
@@ -325,9 +328,15 @@ def _with_defaults(args: Mapping[str, Any], settings: Settings, output_dir: Path
         "seed": settings.search.seed,
         "output_dir": str(output_dir),
     }
-    if settings.base.device == "cpu":
-        ours["use_cpu"] = True
+    if settings.base.device == "cpu" or (settings.base.device is None and not _accelerator()):
+        ours["use_cpu"] = True  # without it TRL's default, bf16, is refused where there is no GPU
     return {**ours, **args}
+
+
+def _accelerator() -> bool:
+    import torch
+
+    return torch.accelerator.is_available()
 
 
 def _check_steps(settings: Settings, space: Space, examples: int) -> None:

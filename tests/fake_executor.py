@@ -55,6 +55,12 @@ class FakeExecutor:
     def add_listener(self, listener: Listener) -> None:
         self._listeners.append(listener)
 
+    def __enter__(self) -> FakeExecutor:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.closed = True
+
     def explain(self) -> str:
         return f"{self.slots} trials per pass under a budget of 4096 tokens (fake)"
 
