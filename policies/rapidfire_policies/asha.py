@@ -22,9 +22,9 @@ class ASHA(Policy):
 
     with the older trial ahead at equal values. Everything else goes on: between rungs nobody is judged, and whoever
     has passed a rung is not judged there again. All trials that stand at a rung are judged against the same `n`
-    values, their own among them, so a cohort that arrives together prunes itself, and neither the order of the trials nor
-    the timing of threads plays a part. With fewer than `reduction_factor` values at a rung only the best goes on; a
-    lone trial always does.
+    values, their own among them, so a cohort that arrives together prunes itself, and neither the order of the
+    trials nor the timing of threads plays a part. With fewer than `reduction_factor` values at a rung only the best
+    goes on; a lone trial always does.
 
     A live trial whose last value is NaN, inf or -inf is stopped at once, at a rung or not; its values rank behind
     every finite one. If the rule would leave no finite trial live or complete, the most advanced one goes on
@@ -46,9 +46,10 @@ class ASHA(Policy):
     after it arrived, and a rung with fewer than eta trials promotes nobody. Here a trial is judged once, when it
     stands at the rung, and is stopped rather than parked, so that its slot is free for a newcomer. Optuna's
     `SuccessiveHalvingPruner` cuts at the same `max(1, floor(n / eta))`, but compares a trial only with those that
-    asked before it: of 16 trials in lockstep it keeps 1 (best first) or 16 (worst first), this policy always 5. Trial by
-    trial, one after the other, the two agree, apart from ties at the cut (Optuna lets all pass), NaN (Optuna
-    leaves it out of `n`) and the last chunk (no rung here).
+    asked before it: of 16 trials in lockstep it keeps 1 (best first) or 16 (worst first), this policy always 5. Where
+    trials run one after the other the two agree, apart from ties at the cut (Optuna lets all pass), diverged trials
+    (Optuna leaves NaN out of `n`, ranks -inf first and stops an infinity only at a rung) and the last chunk (no rung
+    here).
 
     >>> from rapidfire_policies import ASHA, History, TrialHistory
     >>> losses = [0.41, 0.38, 0.52, 0.40, 0.35, 0.47]

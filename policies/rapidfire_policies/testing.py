@@ -6,6 +6,7 @@ infinities among them, so that ties and diverged trials are common: wide float r
 
 from __future__ import annotations
 
+import functools
 import math
 import pickle
 import random
@@ -50,10 +51,13 @@ def check_policy(policy: Policy, *, seed: int = 0, checks: Sequence[Callable[...
 def check_answers(policy: Policy, *, seed: int = 0) -> None:
     """`decide` returns a mapping from numbers of the history to decisions whose reasons are one line.
 
-    A STOP says why. A trial that has reported nothing yet is not ended: there is nothing to judge.
+    It raises nothing. A STOP says why. A trial that has reported nothing yet is not ended: there is nothing to judge.
     """
     for history in draw_histories(seed):
-        decisions = policy.decide(history)
+        try:
+            decisions = policy.decide(history)
+        except Exception as error:
+            _fail(policy, f"raises {type(error).__name__}: {error}", history, cause=error)
         if not isinstance(decisions, Mapping):
             _fail(policy, f"returns {type(decisions).__name__}, not a mapping", history)
         trials = {trial.number: trial for trial in history.trials}
@@ -73,25 +77,26 @@ def check_answers(policy: Policy, *, seed: int = 0) -> None:
 
 def check_empty(policy: Policy, *, seed: int = 0) -> None:
     """An empty history is answered with no decision."""
-    history = History((), chunks=4)
-    if len(decisions := policy.decide(history)):
-        _fail(policy, f"decides on an empty history: {dict(decisions)}", history)
+    for history in draw_histories(seed):
+        empty = replace(history, trials=())
+        if len(decisions := policy.decide(empty)):
+            _fail(policy, f"decides on an empty history: {dict(decisions)}", empty)
 
 
 def check_pure(policy: Policy, *, seed: int = 0) -> None:
-    """The answer depends on the history alone: the same when asked twice and whatever was asked before.
+    """The answer depends on the history alone: the same when asked again at once and after other histories.
 
     Neither global generator (`random`, `numpy.random`) is drawn from.
     """
     histories = list(draw_histories(seed))
     before = _global_randomness()
-    first = [dict(policy.decide(history)) for history in histories]
-    again = [dict(policy.decide(history)) for history in reversed(histories)][::-1]
+    asked_twice = [(dict(policy.decide(history)), dict(policy.decide(history))) for history in histories]
+    later = [dict(policy.decide(history)) for history in reversed(histories)][::-1]
     if _global_randomness() != before:
         _fail(policy, "draws from a global random generator", histories[0])
-    for history, one, other in zip(histories, first, again, strict=True):
-        if one != other:
-            _fail(policy, f"is not pure, it says {one} and then {other}", history)
+    for history, (one, at_once), then in zip(histories, asked_twice, later, strict=True):
+        if not one == at_once == then:
+            _fail(policy, f"is not pure, it says {one}, {at_once} and {then} of one history", history)
 
 
 def check_input_untouched(policy: Policy, *, seed: int = 0) -> None:
@@ -207,7 +212,17 @@ def draw_histories(seed: int, *, tie_free: bool = False) -> Iterator[History]:
     Args:
         seed: The same seed gives the same histories.
         tie_free: All values finite, no two equal.
+
+    >>> sum(history.chunks for history in draw_histories(0)) == sum(history.chunks for history in draw_histories(0))
+    True
     """
+    # Every caller gets arrays of its own: a policy under test may write to them.
+    yield from pickle.loads(_drawn(seed, tie_free))
+
+
+@functools.cache
+def _drawn(seed: int, tie_free: bool) -> bytes:
+    histories = []
     rng = np.random.default_rng(seed)
     for index in range(HISTORIES):
         chunks = int(rng.choice(_CHUNKS))
@@ -232,7 +247,8 @@ def draw_histories(seed: int, *, tie_free: bool = False) -> Iterator[History]:
                     params={"r": int(rng.choice((4, 16)))},
                 )
             )
-        yield History(tuple(trials), chunks=chunks, slots=int(rng.integers(1, count + 1)))
+        histories.append(History(tuple(trials), chunks=chunks, slots=int(rng.integers(1, count + 1))))
+    return pickle.dumps(histories)
 
 
 def _scores(value: float, rng: np.random.Generator) -> NDArray[np.float64]:
@@ -272,11 +288,11 @@ def _global_randomness() -> tuple[object, str]:
     return random.getstate(), repr(np.random.get_state())  # noqa: NPY002
 
 
-def _fail(policy: Policy, what: str, history: History) -> NoReturn:
+def _fail(policy: Policy, what: str, history: History, cause: Exception | None = None) -> NoReturn:
     """Raise the AssertionError, with the history in one line a trial."""
     lines = [
         f"  trial {trial.number} {trial.state}: {', '.join(f'{value:g}' for value in trial.values) or 'no value yet'}"
         for trial in history.trials
     ]
     facts = f"chunks={history.chunks}, slots={history.slots}"
-    raise AssertionError("\n".join([f"{policy!r} {what}", f"History with {facts}:", *lines]))
+    raise AssertionError("\n".join([f"{policy!r} {what}", f"History with {facts}:", *lines])) from cause

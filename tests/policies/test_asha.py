@@ -102,7 +102,9 @@ def test_values_count_whatever_became_of_the_trial(state: TrialState) -> None:
 
 def test_paused_trials_are_resumed_unjudged() -> None:
     history = History((TrialHistory(0, (0.1,)), TrialHistory(1, (0.9,), TrialState.PAUSED)), chunks=9)
-    assert going_on(dict(ASHA().decide(history))) == [0, 1]
+    decisions = ASHA().decide(history)
+    assert going_on(dict(decisions)) == [0, 1]
+    assert decisions[1].reason == "next rung is 3"
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
@@ -189,7 +191,8 @@ def test_one_after_the_other_it_is_optuna_s_pruner(reduction_factor: int, min_re
     ends = set()
     for number, curve in enumerate(curves):
         stock = study.ask()
-        state, values = TrialState.RUNNING, ()
+        state = TrialState.RUNNING
+        values: tuple[float, ...] = ()
         for chunk, value in enumerate(curve.tolist(), start=1):
             values = (*values, value)
             stock.report(value, step=chunk)
