@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-    from rapidfire_automl.executor.record import TrialRecord
+    from rapidfire_automl.records import TrialRecord
 
 _INK, _MUTED, _FAINT = "#1f2933", "#7b8794", "#e4e7eb"
 _STOPPED, _FAILED, _BEST = "#b3bcc7", "#c81e1e", "#d9480f"
@@ -100,6 +100,7 @@ def draw_timeline(
     slots: int,
     best: int | None,
     maximize: bool = False,
+    chunk_ends_s: Mapping[int, Sequence[float]] | None = None,
 ) -> Path:
     """Draw who trained when: a row a trial, a bar a chunk, and above them how many slots were busy.
 
@@ -110,6 +111,8 @@ def draw_timeline(
         slots: Trials that train at a time.
         best: The best trial.
         maximize: Whether higher is better.
+        chunk_ends_s: Trial number -> the times at which its chunks ended, on the clock of `spans`; without it a span
+            is one bar.
 
     Returns:
         `path`.
@@ -128,7 +131,7 @@ def draw_timeline(
             if back_s - left_s > 4 * gap_s:
                 axes.plot([left_s, back_s], [row, row], color=colours[number], linewidth=1.2,
                           linestyle=(0, (1, 2)), zorder=1)  # fmt: skip
-        for start, end in spans:
+        for start, end in _bars(spans, (chunk_ends_s or {}).get(number, ())):
             axes.barh(row, max(end - start - gap_s, gap_s), left=start, height=0.68, color=colours[number],
                       linewidth=0, zorder=2)  # fmt: skip
         text, colour = _ending(record, chunks, best=number == best)
@@ -151,8 +154,22 @@ def draw_timeline(
     used = sum(len(r.values) for r in records.values())
     full = chunks * len(records)
     saved = f", {1 - used / full:.0%} saved" if full and used < full else ""
-    _title(figure, f"Who trained when: {used} of {full} chunks{saved}", "One bar a chunk; × stopped by the policy.")
+    _title(
+        figure,
+        f"Who trained when: {used} of {full} chunks{saved}",
+        "One bar a chunk; × stopped by the policy, ● trained to the end.",
+    )
     return _save(figure, path)
+
+
+def _bars(spans: Sequence[tuple[float, float]], chunk_ends_s: Sequence[float]) -> list[tuple[float, float]]:
+    """The spans, cut where chunks ended within them."""
+    bars = []
+    for start, end in spans:
+        cuts = [start, *(t for t in chunk_ends_s if start < t < end), end]
+        bars += list(pairwise(cuts))
+    # Between a chunk's end and the slot's release lies the verdict: a sliver that is no chunk.
+    return [bar for bar in bars if bar[1] - bar[0] > 0.02 * max(b - a for a, b in bars)]
 
 
 def _busy_strip(figure: Figure, axes: Axes, shown: Mapping[int, TrialRecord], slots: int) -> None:
@@ -161,7 +178,9 @@ def _busy_strip(figure: Figure, axes: Axes, shown: Mapping[int, TrialRecord], sl
     inch = 1 / figure.get_figheight()
     strip = figure.add_axes((box.x0, box.y1 + 0.06 * inch, box.width, 0.3 * inch), sharex=axes)
     changes = sorted((time, step) for r in shown.values() for s, e in r.spans for time, step in ((s, 1), (e, -1)))
-    times, busy, now = [], [], 0
+    times: list[float] = []
+    busy: list[int] = []
+    now = 0
     for time, step in changes:
         now += step
         if times and times[-1] == time:
@@ -215,10 +234,11 @@ def _save(figure: Figure, path: Path) -> Path:
 
 def _colours(shown: Mapping[int, TrialRecord], best: int | None, *, maximize: bool) -> dict[int, str]:
     """Orange for the best, its own colour for each next best survivor, one colour for the crowd behind, grey for the
-    stopped; the same in both pictures."""
+    stopped; the same in both pictures.
+    """
     kept = [n for n, r in shown.items() if r.state not in (TrialState.STOPPED, TrialState.FAILED) and n != best]
     kept.sort(key=lambda n: (len(shown[n].values) == 0, _rank_key(shown[n], maximize), n))
-    colours = {number: _STOPPED for number in shown}
+    colours = dict.fromkeys(shown, _STOPPED)
     for place, number in enumerate(kept):
         colours[number] = _SURVIVORS[place] if place < len(_SURVIVORS) else _CROWD
     if best is not None:
@@ -346,7 +366,7 @@ def _inches(axes: Axes) -> float:
 
 
 def _name(number: int, record: TrialRecord, shown: Mapping[int, TrialRecord]) -> str:
-    """ "#7  4.1e-4 · r 16": the number and the first two parameters that differ between trials."""
+    """The number and the first two parameters that differ between trials: `#7  lr 4.1e-4 · r 16`."""
     varied = [name for name in record.params if len({repr(r.params.get(name)) for r in shown.values()}) > 1]
     parts = [short_param(name, record.params[name]) for name in varied[:2]]
     return f"#{number}  " + " · ".join(parts) if parts else f"#{number}"

@@ -13,7 +13,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import optuna
 
@@ -22,7 +22,7 @@ from rapidfire_automl.data import check_files, load_data
 from rapidfire_automl.events import Listener
 from rapidfire_automl.fields import TRAINERS, check_fields
 from rapidfire_automl.hints import unknown
-from rapidfire_automl.search import Executor, SearchResult, run_search
+from rapidfire_automl.search import SearchResult, run_search
 from rapidfire_automl.settings import Plugin, Settings, SettingsError
 from rapidfire_automl.space import Space
 
@@ -39,6 +39,8 @@ _SAMPLERS = {
     "qmc": "QMCSampler",
     "nsgaii": "NSGAIISampler",
 }
+T = TypeVar("T")
+
 _METRICS = ("nll", "preference_loss", "preference_accuracy", "reward_margin")
 
 
@@ -108,22 +110,22 @@ def execute(program: Program, listeners: Sequence[Listener] = ()) -> SearchResul
         executor = build_executor(program)
     except ValueError as error:
         raise SettingsError(str(error)) from error
-    with executor:
-        return run_search(
-            executor,
-            build_objective(program, executor),
-            study=study,
-            n_trials=program.n_trials,
-            run_dir=program.run_dir,
-            timeout_s=settings.search.timeout_s,
-            listeners=listeners,
-            mlflow_experiment=settings.output.mlflow,
-            facts={
-                "settings": settings.model_dump(),
-                "train_examples": len(program.train),
-                "eval_examples": len(program.held_out),
-            },
-        )
+    return run_search(
+        executor,
+        build_objective(program, executor),
+        study=study,
+        n_trials=program.n_trials,
+        run_dir=program.run_dir,
+        timeout_s=settings.search.timeout_s,
+        listeners=listeners,
+        mlflow_experiment=settings.output.mlflow,
+        facts={
+            "settings": settings.model_dump(),
+            "train_examples": len(program.train),
+            "eval_examples": len(program.held_out),
+        },
+        own=True,
+    )
 
 
 def build_executor(program: Program) -> RapidFireExecutor:
@@ -176,7 +178,7 @@ def build_objective(program: Program, executor: Any) -> Callable[[optuna.Trial],
         trainer.remove_callback(PrinterCallback)  # it prints each log line to stdout when tqdm is off
         return trainer
 
-    return executor.objective(build)  # type: ignore[no-any-return]
+    return build
 
 
 def build_study(program: Program) -> optuna.Study:
@@ -236,7 +238,7 @@ def build_pruner(settings: Settings) -> optuna.pruners.BasePruner:
         raise SettingsError(f"`search.policy`: {message}") from None
 
 
-def _build(plugin: Plugin, cls: Any, key: str, kind: type, seed: int | None = None) -> Any:
+def _build(plugin: Plugin, cls: Any, key: str, kind: type[T], seed: int | None = None) -> T:
     if not (inspect.isclass(cls) and issubclass(cls, kind)):
         raise SettingsError(f"`{key}`: {plugin.name} is no {kind.__name__}.")
     takes = set(inspect.signature(cls).parameters)
@@ -373,10 +375,10 @@ def _try_out(program: Program) -> None:
     import trl
     from peft import LoraConfig
 
-    corner = {
-        name: d.choices[0] if isinstance(d, optuna.distributions.CategoricalDistribution) else d.low
-        for name, d in program.space.distributions().items()
-    }
+    corner: dict[str, Any] = {}
+    for name, distribution in program.space.distributions().items():
+        choices = getattr(distribution, "choices", None)
+        corner[name] = choices[0] if choices else getattr(distribution, "low", None)
     choice = program.space.suggest(optuna.trial.FixedTrial(corner))
     try:
         lora = LoraConfig(**{"task_type": "CAUSAL_LM", **choice["lora"]})

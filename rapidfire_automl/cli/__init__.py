@@ -25,10 +25,10 @@ app.command()(doctor)
 def version() -> None:
     """Print the versions of this package and of what it stands on."""
     from rapidfire_automl import __version__
-    from rapidfire_automl.search import versions
+    from rapidfire_automl.versions import installed
 
     typer.echo(f"rapidfire_automl {__version__}")
-    for name, found in versions().items():
+    for name, found in installed().items():
         if name != "rapidfire_automl":
             typer.echo(f"{name} {found or 'not installed'}")
 

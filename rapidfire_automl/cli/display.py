@@ -132,7 +132,9 @@ def header(view: SearchView) -> RenderableType:
     line.add_column()
     if not view.rows:
         waiting = "loading the base" if view.base_value is None else f"untrained base {number(view.base_value)}"
-        line.add_row(ProgressBar(total=1.0, completed=0, width=24, pulse=True), Text(f"{waiting} · {clock(view.elapsed_s)}"))
+        line.add_row(
+            ProgressBar(total=1.0, completed=0, width=24, pulse=True), Text(f"{waiting} · {clock(view.elapsed_s)}")
+        )
         return line
     expected = max(view.expected_chunks, 1.0)
     done = sum(row.progress for row in view.rows.values())
@@ -145,7 +147,9 @@ def header(view: SearchView) -> RenderableType:
     line.add_row(
         ProgressBar(total=expected, completed=min(done, expected), width=24),
         Text.assemble(
-            (f"{view.chunks_done}", "bold"), f" of at most {view.chunks_if_all_run} chunks · ", f"{', '.join(states)} · {time}"
+            (f"{view.chunks_done}", "bold"),
+            f" of at most {view.chunks_if_all_run} chunks · ",
+            f"{', '.join(states)} · {time}",
         ),
     )
     best = view.best

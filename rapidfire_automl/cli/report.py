@@ -10,7 +10,13 @@ from rich.text import Text
 from rapidfire_automl.cli.view import against, clock, number
 from rapidfire_automl.search import SearchResult
 
-_STATES = {"complete": "complete", "stopped": "stopped early", "failed": "failed", "paused": "paused", "running": "cut short"}
+_STATES = {
+    "complete": "complete",
+    "stopped": "stopped early",
+    "failed": "failed",
+    "paused": "paused",
+    "running": "cut short",
+}
 
 
 def show_result(result: SearchResult, console: Console) -> None:
@@ -24,7 +30,11 @@ def show_result(result: SearchResult, console: Console) -> None:
         line("Best", "none: no trial completed with a finite value", "yellow")
     else:
         gain = against(result.best_value, result.base_value)
-        line("Best", f"trial {result.best_trial} at {number(result.best_value)}{f', {gain}' if gain else ''}", "bold green")
+        line(
+            "Best",
+            f"trial {result.best_trial} at {number(result.best_value)}{f', {gain}' if gain else ''}",
+            "bold green",
+        )
         line("", "  ".join(f"{name}={_value(value)}" for name, value in result.best_params.items()))
         if result.best_adapter is not None:
             line("Adapter", _short(result.best_adapter))
@@ -32,7 +42,11 @@ def show_result(result: SearchResult, console: Console) -> None:
     states = [str(trial["state"]) for trial in result.summary["trials"]]
     line("Trials", ", ".join(f"{states.count(s)} {name}" for s, name in _STATES.items() if states.count(s)) or "none")
     for trial in [t for t in result.summary["trials"] if t["state"] == "failed"][:3]:
-        line("", f"trial {trial['number']} failed: {(trial['error'] or 'no reason recorded').strip().splitlines()[-1]}", "red")
+        line(
+            "",
+            f"trial {trial['number']} failed: {(trial['error'] or 'no reason recorded').strip().splitlines()[-1]}",
+            "red",
+        )
     line("Time", clock(result.wall_s) + _first_verdict(result))
     for name, path in result.summary.get("pictures", {}).items():
         line(name.capitalize(), _short(Path(path)))
@@ -40,11 +54,14 @@ def show_result(result: SearchResult, console: Console) -> None:
 
 
 def cost(result: SearchResult) -> str:
-    """ "37 chunks, 33% of the 112 it takes to train every trial to its end"."""
+    """What the search cost against running every trial to the end."""
     if not result.chunks_if_all_ran:
         return "0 chunks"
     share = result.chunks_used / result.chunks_if_all_ran
-    return f"{result.chunks_used} chunks, {share:.0%} of the {result.chunks_if_all_ran} it takes to train every trial to its end"
+    return (
+        f"{result.chunks_used} chunks, {share:.0%} of the {result.chunks_if_all_ran} it takes to train every trial "
+        "to its end"
+    )
 
 
 def _first_verdict(result: SearchResult) -> str:

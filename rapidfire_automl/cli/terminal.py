@@ -20,7 +20,18 @@ from rapidfire_automl.settings import SettingsError
 
 BAD_INPUT, FAILED, INTERRUPTED = 2, 1, 130
 
-_NOISY = ("accelerate", "datasets", "huggingface_hub", "mlflow", "alembic", "optuna", "peft", "torch", "transformers", "trl")
+_NOISY = (
+    "accelerate",
+    "datasets",
+    "huggingface_hub",
+    "mlflow",
+    "alembic",
+    "optuna",
+    "peft",
+    "torch",
+    "transformers",
+    "trl",
+)
 
 
 def quieten() -> None:

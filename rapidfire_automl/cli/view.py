@@ -46,11 +46,10 @@ class SearchView:
         n_trials: Trials to run.
         chunks: Chunks of a whole trial.
         maximize: Whether higher is better.
-        timeout_s: The search's time limit, or None.
     """
 
-    def __init__(self, n_trials: int, chunks: int, *, maximize: bool = False, timeout_s: float | None = None) -> None:
-        self.n_trials, self.chunks, self.maximize, self.timeout_s = n_trials, chunks, maximize, timeout_s
+    def __init__(self, n_trials: int, chunks: int, *, maximize: bool = False) -> None:
+        self.n_trials, self.chunks, self.maximize = n_trials, chunks, maximize
         self.rows: dict[int, Row] = {}
         self.base_value: float | None = None
         self.plan = ""
@@ -119,7 +118,9 @@ class SearchView:
     @property
     def best(self) -> Row | None:
         """The trial with the best value so far, finished or not; failed ones and values that are not finite are out."""
-        finite = [r for r in self.rows.values() if r.value is not None and math.isfinite(r.value) and r.state != "failed"]
+        finite = [
+            r for r in self.rows.values() if r.value is not None and math.isfinite(r.value) and r.state != "failed"
+        ]
         if not finite:
             return None
         return min(finite, key=lambda r: (-(r.value or 0.0) if self.maximize else r.value or 0.0, r.number))
@@ -138,13 +139,14 @@ class SearchView:
 
     @property
     def left_s(self) -> float | None:
-        """Seconds left, by the pace so far; None before the first chunk is done."""
+        """Seconds left, by the pace so far; None before the first chunk is done and after the last."""
         done = sum(row.progress for row in self.rows.values())
+        if len(self.rows) >= self.n_trials and self.count(*LIVE) == 0:
+            return None
         if self._training_since_s is None or self.chunks_done == 0:
             return None
         pace = (time.monotonic() - self._training_since_s) / done
-        left = pace * max(self.expected_chunks - done, 0.0)
-        return left if self.timeout_s is None else max(min(left, self.timeout_s - self.elapsed_s), 0.0)
+        return pace * max(self.expected_chunks - done, 0.0)
 
 
 def clock(seconds: float) -> str:
