@@ -13,7 +13,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import optuna
 
@@ -39,8 +39,6 @@ _SAMPLERS = {
     "qmc": "QMCSampler",
     "nsgaii": "NSGAIISampler",
 }
-T = TypeVar("T")
-
 _METRICS = ("nll", "preference_loss", "preference_accuracy", "reward_margin")
 
 
@@ -217,7 +215,9 @@ def build_sampler(settings: Settings) -> optuna.samplers.BaseSampler:
         cls = getattr(optuna.samplers, _SAMPLERS[plugin.name])
     else:
         raise SettingsError(_no_such("search.sampler", plugin.name, [*_SAMPLERS, "grid"]))
-    return _build(plugin, cls, "search.sampler", optuna.samplers.BaseSampler, settings.search.seed)
+    sampler: optuna.samplers.BaseSampler
+    sampler = _build(plugin, cls, "search.sampler", optuna.samplers.BaseSampler, settings.search.seed)
+    return sampler
 
 
 def build_pruner(settings: Settings) -> optuna.pruners.BasePruner:
@@ -228,7 +228,8 @@ def build_pruner(settings: Settings) -> optuna.pruners.BasePruner:
     if ":" in plugin.name:
         cls = _load(plugin.name, "search.policy")
         if inspect.isclass(cls) and issubclass(cls, optuna.pruners.BasePruner):
-            return _build(plugin, cls, "search.policy", optuna.pruners.BasePruner)
+            pruner: optuna.pruners.BasePruner = _build(plugin, cls, "search.policy", optuna.pruners.BasePruner)
+            return pruner
     try:
         return PolicyPruner(policy_from_name(plugin.name, **plugin.arguments), chunks=settings.search.chunks)
     except ValueError as error:
@@ -238,7 +239,7 @@ def build_pruner(settings: Settings) -> optuna.pruners.BasePruner:
         raise SettingsError(f"`search.policy`: {message}") from None
 
 
-def _build(plugin: Plugin, cls: Any, key: str, kind: type[T], seed: int | None = None) -> T:
+def _build(plugin: Plugin, cls: Any, key: str, kind: type, seed: int | None = None) -> Any:
     if not (inspect.isclass(cls) and issubclass(cls, kind)):
         raise SettingsError(f"`{key}`: {plugin.name} is no {kind.__name__}.")
     takes = set(inspect.signature(cls).parameters)

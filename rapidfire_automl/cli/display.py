@@ -13,8 +13,8 @@ from rich.table import Table
 from rich.text import Text
 
 from rapidfire_automl.cli.view import LIVE, Row, SearchView, against, clock, number
+from rapidfire_automl.drawing import short_param
 from rapidfire_automl.events import Event, Listener
-from rapidfire_automl.pictures import short_param
 
 _VERDICT_STYLE = {"continue": "green", "pause": "yellow", "stop": "red", "complete": "bold green"}
 _STATE_STYLE = {"running": "cyan", "paused": "yellow", "complete": "bold green", "pruned": "dim", "failed": "red"}

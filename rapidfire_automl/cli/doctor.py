@@ -103,7 +103,7 @@ def _cpu_flags() -> frozenset[str]:
 
 
 def _memory() -> Finding:
-    import psutil
+    import psutil  # type: ignore[import-untyped]
 
     memory = psutil.virtual_memory()
     free_gib, total_gib = memory.available / 2**30, memory.total / 2**30
