@@ -67,6 +67,8 @@ def draw_curves(
     from matplotlib.ticker import LogLocator, NullLocator
 
     shown = {n: r for n, r in sorted(records.items()) if r.values}
+    if base_value is not None and not math.isfinite(base_value):
+        base_value = None
     figure, axes = frame(8.6, 4.9)
     low, high, log = _limits(shown, base_value, maximize)
     if log:
@@ -88,7 +90,7 @@ def draw_curves(
         _mark_end(axes, xs, ys, (low, high), record, colour, best=number == best)
         if kept and xs and math.isfinite(ys[-1]) and low <= ys[-1] <= high and xs[-1] == chunks:
             ends.append((ys[-1], _name(number, record, shown), colour, number == best))
-    if base_value is not None and math.isfinite(base_value):
+    if base_value is not None:
         axes.axhline(base_value, color=INK, linewidth=1.1, linestyle=(0, (5, 3)), zorder=2.5)
         axes.annotate("untrained base", (chunks, base_value), xytext=(16, 0), textcoords="offset points",
                       va="center", color=INK, fontsize=9, annotation_clip=False)  # fmt: skip
@@ -220,7 +222,7 @@ def _limits(shown: Mapping[int, TrialRecord], base_value: float | None, maximize
     complete = [r for r in shown.values() if r.state is TrialState.COMPLETE]
     complete.sort(key=lambda r: rank_key(r, maximize))
     kept = [v for r in complete[: (len(complete) + 1) // 2] for v in r.values if math.isfinite(v)]
-    anchor = [*(kept or values), *([base_value] if base_value is not None and math.isfinite(base_value) else [])]
+    anchor = [*(kept or values), *([base_value] if base_value is not None else [])]
     span = max(anchor) - min(anchor) or abs(anchor[0]) * 0.1 or 1.0
     if maximize:
         low, high = max(min(values), min(anchor) - 0.35 * span), max([*values, *anchor])
@@ -236,7 +238,7 @@ def _points(values: Sequence[float], base_value: float | None) -> tuple[list[flo
     """A curve from the base at chunk 0 to the trial's last finite value."""
     xs: list[float] = []
     ys: list[float] = []
-    if base_value is not None and math.isfinite(base_value):
+    if base_value is not None:
         xs, ys = [0.0], [base_value]
     for k, value in enumerate(values, start=1):
         if not math.isfinite(value):
@@ -299,7 +301,7 @@ def _label_ends(
     for i in range(1, len(spots)):
         spots[i] = max(spots[i], spots[i - 1] + need)
     ceiling = 1.02
-    if base_value is not None and math.isfinite(base_value) and ends and to_unit(base_value) > to_unit(ends[-1][0]):
+    if base_value is not None and ends and to_unit(base_value) > to_unit(ends[-1][0]):
         ceiling = min(ceiling, to_unit(base_value) - need)
     for i in range(len(spots) - 1, -1, -1):
         spots[i] = min(spots[i], ceiling)
