@@ -124,7 +124,7 @@ def test_ctrl_c_ends_within_seconds_and_keeps_what_is_done(folder: Path) -> None
     )
     events = folder / "out" / "events.jsonl"
     deadline = time.monotonic() + 120
-    while time.monotonic() < deadline and not (events.exists() and '"complete"' in events.read_text()):
+    while time.monotonic() < deadline and not (events.exists() and '"state": "complete"' in events.read_text()):
         time.sleep(0.2)
     begin = time.monotonic()
     process.send_signal(signal.SIGINT)
