@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel
 
 from ..plan import Plan
-from . import seams
+from . import attention, seams
 from .adapters import AdapterBank, LoraSite
 from .head import Head, entropy_jacobian, score
 from .lean import lean_norms
@@ -118,6 +118,7 @@ class Multiplexer:
         self._scales: dict[tuple[Any, ...], Mapping[str, Tensor]] = {}
         self._cast_head: dict[torch.dtype, Head] = {}
         lean_norms(self._decoder)
+        attention.install(self._mux, tuple({base.dtype, torch.bfloat16}))
 
     def wrap(self, sites: Mapping[str, LoraSite]) -> None:
         """Put multiplexed Linears where a trial's adapter needs them."""
@@ -149,7 +150,8 @@ class Multiplexer:
         joint = self._joint(parts, first)
         self._current = joint
         try:
-            with torch.set_grad_enabled(first.grad), self._autocast(first.autocast), self._checkpointing(first):
+            with torch.set_grad_enabled(first.grad), self._autocast(first.autocast):
+                self._checkpointing(any(request.checkpointing for _, request in requests))
                 hidden: Tensor = self._decoder(
                     **self._inputs(parts, width=max(part.width for part in parts)), use_cache=False
                 ).last_hidden_state
@@ -370,11 +372,10 @@ class Multiplexer:
             return torch.autocast(self.device.type, enabled=False)
         return torch.autocast(self.device.type, dtype=dtype)
 
-    @contextlib.contextmanager
-    def _checkpointing(self, request: Forward) -> Iterator[None]:
+    def _checkpointing(self, on: bool) -> None:
+        """Recompute activations if any trial of the pass wants that: it costs time and changes no number."""
         for layer in self._layers:
-            layer.gradient_checkpointing = request.checkpointing
-        yield
+            layer.gradient_checkpointing = on
 
 
 @dataclass(slots=True)

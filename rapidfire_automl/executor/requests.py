@@ -58,7 +58,7 @@ class Forward:
     @property
     def kind(self) -> tuple[Any, ...]:
         """Requests of one kind can share a pass."""
-        return (self.grad, self.autocast, self.checkpointing)
+        return (self.grad, self.autocast)
 
     def with_head(self, head: HeadSpec, targets: Tensor, scored: Tensor) -> Forward:
         """The same pass, scored."""
