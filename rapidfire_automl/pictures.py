@@ -9,21 +9,31 @@ import math
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from rapidfire_automl.drawing import (
+    BEST,
+    FAILED,
+    FAINT,
+    INK,
+    MUTED,
+    clock,
+    colours_of,
+    frame,
+    rank_key,
+    save,
+    short_param,
+    time_ticks,
+    title,
+)
 from rapidfire_policies.base import TrialState
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-    from rapidfire_automl.executor.record import TrialRecord
+    from rapidfire_automl.records import TrialRecord
 
-_INK, _MUTED, _FAINT = "#1f2933", "#7b8794", "#e4e7eb"
-_STOPPED, _FAILED, _BEST = "#b3bcc7", "#c81e1e", "#d9480f"
-# Distinct for colour-blind readers, none near the best trial's orange or the grey of the stopped.
-_SURVIVORS = ("#1c7ed6", "#2b8a3e", "#6741d9", "#a61e4d", "#0b7285")
-_CROWD = "#8fb3d4"
 _MOST_LABELS = 6
 
 
@@ -57,7 +67,9 @@ def draw_curves(
     from matplotlib.ticker import LogLocator, NullLocator
 
     shown = {n: r for n, r in sorted(records.items()) if r.values}
-    figure, axes = _figure(8.6, 4.9)
+    if base_value is not None and not math.isfinite(base_value):
+        base_value = None
+    figure, axes = frame(8.6, 4.9)
     low, high, log = _limits(shown, base_value, maximize)
     if log:
         axes.set_yscale("log")
@@ -66,7 +78,7 @@ def draw_curves(
         axes.yaxis.set_minor_locator(NullLocator())
     axes.set_ylim(low, high)
     axes.set_xlim(0, chunks)
-    colours = _colours(shown, best, maximize=maximize)
+    colours = colours_of(shown, best, maximize=maximize)
     ends: list[tuple[float, str, str, bool]] = []
     for number in sorted(shown, key=lambda n: (n == best, shown[n].state is TrialState.COMPLETE)):
         record, colour = shown[number], colours[number]
@@ -78,18 +90,18 @@ def draw_curves(
         _mark_end(axes, xs, ys, (low, high), record, colour, best=number == best)
         if kept and xs and math.isfinite(ys[-1]) and low <= ys[-1] <= high and xs[-1] == chunks:
             ends.append((ys[-1], _name(number, record, shown), colour, number == best))
-    if base_value is not None and math.isfinite(base_value):
-        axes.axhline(base_value, color=_INK, linewidth=1.1, linestyle=(0, (5, 3)), zorder=2.5)
+    if base_value is not None:
+        axes.axhline(base_value, color=INK, linewidth=1.1, linestyle=(0, (5, 3)), zorder=2.5)
         axes.annotate("untrained base", (chunks, base_value), xytext=(16, 0), textcoords="offset points",
-                      va="center", color=_INK, fontsize=9, annotation_clip=False)  # fmt: skip
+                      va="center", color=INK, fontsize=9, annotation_clip=False)  # fmt: skip
     _label_ends(axes, ends, chunks, base_value, maximize=maximize)
     axes.set_xticks(range(0, chunks + 1, max(1, math.ceil(chunks / 16))))
     axes.set_xlabel("chunks trained")
     axes.set_ylabel(f"{metric}, {'higher' if maximize else 'lower'} is better" + (" (log)" if log else ""))
-    axes.grid(axis="y", color=_FAINT, linewidth=0.8)
+    axes.grid(axis="y", color=FAINT, linewidth=0.8)
     axes.set_axisbelow(True)
-    _title(figure, _curves_title(shown, best, base_value), _legend_line(shown))
-    return _save(figure, path)
+    title(figure, _curves_title(shown, best, base_value), _legend_line(shown))
+    return save(figure, path)
 
 
 def draw_timeline(
@@ -100,6 +112,7 @@ def draw_timeline(
     slots: int,
     best: int | None,
     maximize: bool = False,
+    chunk_ends_s: Mapping[int, Sequence[float]] | None = None,
 ) -> Path:
     """Draw who trained when: a row a trial, a bar a chunk, and above them how many slots were busy.
 
@@ -110,6 +123,8 @@ def draw_timeline(
         slots: Trials that train at a time.
         best: The best trial.
         maximize: Whether higher is better.
+        chunk_ends_s: Trial number -> the times at which its chunks ended, on the clock of `spans`; without it a span
+            is one bar.
 
     Returns:
         `path`.
@@ -117,8 +132,8 @@ def draw_timeline(
     shown = {n: r for n, r in sorted(records.items()) if r.spans}
     rows = max(len(shown), 1)
     height = min(1.9 + 0.27 * rows, 14.0)
-    figure, axes = _figure(8.6, height, top_in=1.28)
-    colours = _colours(shown, best, maximize=maximize)
+    figure, axes = frame(8.6, height, top_in=1.28)
+    colours = colours_of(shown, best, maximize=maximize)
     end_s = max((end for r in shown.values() for _, end in r.spans), default=1.0)
     start_s = min((start for r in shown.values() for start, _ in r.spans), default=0.0)
     gap_s = (end_s - start_s) * 0.0022
@@ -128,7 +143,7 @@ def draw_timeline(
             if back_s - left_s > 4 * gap_s:
                 axes.plot([left_s, back_s], [row, row], color=colours[number], linewidth=1.2,
                           linestyle=(0, (1, 2)), zorder=1)  # fmt: skip
-        for start, end in spans:
+        for start, end in _bars(spans, (chunk_ends_s or {}).get(number, ())):
             axes.barh(row, max(end - start - gap_s, gap_s), left=start, height=0.68, color=colours[number],
                       linewidth=0, zorder=2)  # fmt: skip
         text, colour = _ending(record, chunks, best=number == best)
@@ -139,20 +154,34 @@ def draw_timeline(
     axes.set_xlim(start_s, end_s + (end_s - start_s) * 0.02)
     axes.set_yticks(range(len(shown)), [f"trial {number}" for number in shown])
     for label, number in zip(axes.get_yticklabels(), shown):
-        label.set_color(colours[number] if number == best else _INK)
+        label.set_color(colours[number] if number == best else INK)
         label.set_fontweight("bold" if number == best else "normal")
     axes.tick_params(axis="y", length=0)
     axes.spines["left"].set_visible(False)
-    axes.grid(axis="x", color=_FAINT, linewidth=0.8)
+    axes.grid(axis="x", color=FAINT, linewidth=0.8)
     axes.set_axisbelow(True)
-    axes.xaxis.set_major_formatter(_clock)
+    axes.set_xticks(ticks := time_ticks(start_s, end_s), [clock(tick) for tick in ticks])
     axes.set_xlabel("time since the start")
     _busy_strip(figure, axes, shown, slots)
     used = sum(len(r.values) for r in records.values())
     full = chunks * len(records)
     saved = f", {1 - used / full:.0%} saved" if full and used < full else ""
-    _title(figure, f"Who trained when: {used} of {full} chunks{saved}", "One bar a chunk; × stopped by the policy.")
-    return _save(figure, path)
+    title(
+        figure,
+        f"Who trained when: {used} of {full} chunks{saved}",
+        "One bar a chunk; × stopped by the policy, ● trained to the end.",
+    )
+    return save(figure, path)
+
+
+def _bars(spans: Sequence[tuple[float, float]], chunk_ends_s: Sequence[float]) -> list[tuple[float, float]]:
+    """The spans, cut where chunks ended within them."""
+    bars = []
+    for start, end in spans:
+        cuts = [start, *(t for t in chunk_ends_s if start < t < end), end]
+        bars += list(pairwise(cuts))
+    # Between a chunk's end and the slot's release lies the verdict: a sliver that is no chunk.
+    return [bar for bar in bars if bar[1] - bar[0] > 0.02 * max(b - a for a, b in bars)]
 
 
 def _busy_strip(figure: Figure, axes: Axes, shown: Mapping[int, TrialRecord], slots: int) -> None:
@@ -161,7 +190,9 @@ def _busy_strip(figure: Figure, axes: Axes, shown: Mapping[int, TrialRecord], sl
     inch = 1 / figure.get_figheight()
     strip = figure.add_axes((box.x0, box.y1 + 0.06 * inch, box.width, 0.3 * inch), sharex=axes)
     changes = sorted((time, step) for r in shown.values() for s, e in r.spans for time, step in ((s, 1), (e, -1)))
-    times, busy, now = [], [], 0
+    times: list[float] = []
+    busy: list[int] = []
+    now = 0
     for time, step in changes:
         now += step
         if times and times[-1] == time:
@@ -172,65 +203,11 @@ def _busy_strip(figure: Figure, axes: Axes, shown: Mapping[int, TrialRecord], sl
     strip.fill_between(times, busy, step="post", color="#cbd2d9", linewidth=0)
     strip.set_ylim(0, slots)
     strip.set_yticks([0, slots], ["", str(slots)])
-    strip.set_ylabel("slots\nbusy", rotation=0, ha="right", va="center", fontsize=8.5, color=_MUTED)
+    strip.set_ylabel("slots\nbusy", rotation=0, ha="right", va="center", fontsize=8.5, color=MUTED)
     strip.yaxis.set_label_coords(-0.035, 0.45)
-    strip.tick_params(length=0, labelsize=8, labelbottom=False, colors=_MUTED)
+    strip.tick_params(length=0, labelsize=8, labelbottom=False, colors=MUTED)
     for side in strip.spines.values():
         side.set_visible(False)
-
-
-def _figure(width: float, height: float, *, top_in: float = 0.88) -> tuple[Figure, Axes]:
-    """A figure with room on top for two lines of title and on the right for labels."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(width, height), dpi=160, facecolor="white")
-    FigureCanvasAgg(figure)
-    left, right, bottom = 0.82, 1.75, 0.62
-    axes = figure.add_axes((left / width, bottom / height, 1 - (left + right) / width, 1 - (bottom + top_in) / height))
-    for side in ("top", "right"):
-        axes.spines[side].set_visible(False)
-    for side in ("left", "bottom"):
-        axes.spines[side].set_color("#cbd2d9")
-    axes.tick_params(colors=_INK, labelsize=9, color="#cbd2d9")
-    axes.xaxis.label.set(color=_MUTED, fontsize=9.5)
-    axes.yaxis.label.set(color=_MUTED, fontsize=9.5)
-    return figure, axes
-
-
-def _title(figure: Figure, title: str, subtitle: str) -> None:
-    inch = 1 / figure.get_figheight()
-    left = 0.2 / figure.get_figwidth()
-    figure.text(left, 1 - 0.17 * inch, title, va="top", fontsize=13, weight="bold", color=_INK)
-    figure.text(left, 1 - 0.48 * inch, subtitle, va="top", fontsize=9.5, color=_MUTED)
-
-
-def _save(figure: Figure, path: Path) -> Path:
-    """Write the file whole or not at all."""
-    partial = path.with_name(path.name + ".partial")
-    figure.savefig(partial, format="png")
-    partial.replace(path)
-    return path
-
-
-def _colours(shown: Mapping[int, TrialRecord], best: int | None, *, maximize: bool) -> dict[int, str]:
-    """Orange for the best, its own colour for each next best survivor, one colour for the crowd behind, grey for the
-    stopped; the same in both pictures."""
-    kept = [n for n, r in shown.items() if r.state not in (TrialState.STOPPED, TrialState.FAILED) and n != best]
-    kept.sort(key=lambda n: (len(shown[n].values) == 0, _rank_key(shown[n], maximize), n))
-    colours = {number: _STOPPED for number in shown}
-    for place, number in enumerate(kept):
-        colours[number] = _SURVIVORS[place] if place < len(_SURVIVORS) else _CROWD
-    if best is not None:
-        colours[best] = _BEST
-    return colours
-
-
-def _rank_key(record: TrialRecord, maximize: bool) -> float:
-    """Last value, lower is better, not finite last."""
-    if not record.values or not math.isfinite(record.values[-1]):
-        return math.inf
-    return -record.values[-1] if maximize else record.values[-1]
 
 
 def _limits(shown: Mapping[int, TrialRecord], base_value: float | None, maximize: bool) -> tuple[float, float, bool]:
@@ -243,9 +220,9 @@ def _limits(shown: Mapping[int, TrialRecord], base_value: float | None, maximize
     if not values:
         return (0.0, 1.0, False) if base_value is None else (base_value - 1, base_value + 1, False)
     complete = [r for r in shown.values() if r.state is TrialState.COMPLETE]
-    complete.sort(key=lambda r: _rank_key(r, maximize))
+    complete.sort(key=lambda r: rank_key(r, maximize))
     kept = [v for r in complete[: (len(complete) + 1) // 2] for v in r.values if math.isfinite(v)]
-    anchor = [*(kept or values), *([base_value] if base_value is not None and math.isfinite(base_value) else [])]
+    anchor = [*(kept or values), *([base_value] if base_value is not None else [])]
     span = max(anchor) - min(anchor) or abs(anchor[0]) * 0.1 or 1.0
     if maximize:
         low, high = max(min(values), min(anchor) - 0.35 * span), max([*values, *anchor])
@@ -261,7 +238,7 @@ def _points(values: Sequence[float], base_value: float | None) -> tuple[list[flo
     """A curve from the base at chunk 0 to the trial's last finite value."""
     xs: list[float] = []
     ys: list[float] = []
-    if base_value is not None and math.isfinite(base_value):
+    if base_value is not None:
         xs, ys = [0.0], [base_value]
     for k, value in enumerate(values, start=1):
         if not math.isfinite(value):
@@ -291,16 +268,14 @@ def _mark_end(
         start = max(outside - 1, 0)
         share = (edge - ys[start]) / (ys[outside] - ys[start]) if ys[outside] != ys[start] else 0.0
         x = xs[start] + share * (xs[outside] - xs[start])
-        axes.plot([x], [edge], marker="^" if edge == high else "v", color=_MUTED, markersize=6, clip_on=False, zorder=5)
+        axes.plot([x], [edge], marker="^" if edge == high else "v", color=MUTED, markersize=6, clip_on=False, zorder=5)
         return
     stopped = record.state is TrialState.STOPPED
     failed = record.state is TrialState.FAILED or len(xs) - (xs[0] == 0.0) < len(record.values)
     if failed:
-        axes.plot(xs[-1], ys[-1], marker="x", color=_FAILED, markersize=6, markeredgewidth=1.6, zorder=5, clip_on=False)
+        axes.plot(xs[-1], ys[-1], marker="x", color=FAILED, markersize=6, markeredgewidth=1.6, zorder=5, clip_on=False)
     elif stopped:
-        axes.plot(
-            xs[-1], ys[-1], marker="x", color=_MUTED, markersize=5.5, markeredgewidth=1.4, zorder=5, clip_on=False
-        )
+        axes.plot(xs[-1], ys[-1], marker="x", color=MUTED, markersize=5.5, markeredgewidth=1.4, zorder=5, clip_on=False)
     else:
         axes.plot(xs[-1], ys[-1], marker="o", color=colour, markersize=7 if best else 4.5, markeredgecolor="white",
                   markeredgewidth=1.0, zorder=6, clip_on=False)  # fmt: skip
@@ -326,7 +301,7 @@ def _label_ends(
     for i in range(1, len(spots)):
         spots[i] = max(spots[i], spots[i - 1] + need)
     ceiling = 1.02
-    if base_value is not None and math.isfinite(base_value) and ends and to_unit(base_value) > to_unit(ends[-1][0]):
+    if base_value is not None and ends and to_unit(base_value) > to_unit(ends[-1][0]):
         ceiling = min(ceiling, to_unit(base_value) - need)
     for i in range(len(spots) - 1, -1, -1):
         spots[i] = min(spots[i], ceiling)
@@ -346,37 +321,10 @@ def _inches(axes: Axes) -> float:
 
 
 def _name(number: int, record: TrialRecord, shown: Mapping[int, TrialRecord]) -> str:
-    """ "#7  4.1e-4 · r 16": the number and the first two parameters that differ between trials."""
+    """The number and the first two parameters that differ between trials: `#7  lr 4.1e-4 · r 16`."""
     varied = [name for name in record.params if len({repr(r.params.get(name)) for r in shown.values()}) > 1]
     parts = [short_param(name, record.params[name]) for name in varied[:2]]
     return f"#{number}  " + " · ".join(parts) if parts else f"#{number}"
-
-
-_SHORT = {
-    "learning_rate": "lr",
-    "per_device_train_batch_size": "batch",
-    "gradient_accumulation_steps": "accum",
-    "lora_alpha": "alpha",
-    "lora_dropout": "dropout",
-    "num_train_epochs": "epochs",
-    "weight_decay": "decay",
-    "lr_scheduler_type": "",
-    "warmup_steps": "warmup",
-    "target_modules": "on",
-    "optim": "",
-}
-
-
-def short_param(name: str, value: Any) -> str:
-    """A parameter in a few letters: `lr 2.1e-03`, `r 16`, `cosine`."""
-    label = _SHORT.get(name, name.removeprefix("lora.").removeprefix("args."))
-    if isinstance(value, float) and value:
-        text = f"{value:.1e}".replace("e-0", "e-").replace("e+0", "e") if abs(value) < 0.01 else f"{value:.3g}"
-    elif isinstance(value, str):
-        text = value if len(value) <= 14 else value[:13] + "…"
-    else:
-        text = str(value)
-    return f"{label} {text}".strip()
 
 
 def _ending(record: TrialRecord, chunks: int, *, best: bool) -> tuple[str, str]:
@@ -384,16 +332,16 @@ def _ending(record: TrialRecord, chunks: int, *, best: bool) -> tuple[str, str]:
     done = len(record.values)
     value = f"{record.values[-1]:.3g}" if record.values and math.isfinite(record.values[-1]) else "not finite"
     if best:
-        return f"● {value}  best", _BEST
+        return f"● {value}  best", BEST
     if record.state is TrialState.COMPLETE:
-        return f"● {value}", _INK
+        return f"● {value}", INK
     if record.state is TrialState.STOPPED:
-        return f"× {done}/{chunks}", _MUTED
+        return f"× {done}/{chunks}", MUTED
     if record.state is TrialState.FAILED:
-        return f"failed at {done}/{chunks}", _FAILED
+        return f"failed at {done}/{chunks}", FAILED
     if record.state is TrialState.PAUSED:
-        return f"paused at {done}/{chunks}", _MUTED
-    return f"{done}/{chunks}", _MUTED
+        return f"paused at {done}/{chunks}", MUTED
+    return f"{done}/{chunks}", MUTED
 
 
 def _curves_title(shown: Mapping[int, TrialRecord], best: int | None, base_value: float | None) -> str:
@@ -416,13 +364,3 @@ def _legend_line(shown: Mapping[int, TrialRecord]) -> str:
         if count := states.count(state):
             parts.append(f"{count} {text}")
     return ", ".join(parts)
-
-
-def _clock(seconds: float, _position: object = None) -> str:
-    """90.0 -> "1:30"."""
-    whole = round(seconds)
-    return (
-        f"{whole // 3600}:{whole // 60 % 60:02d}:{whole % 60:02d}"
-        if whole >= 3600
-        else f"{whole // 60}:{whole % 60:02d}"
-    )

@@ -22,7 +22,7 @@ from rapidfire_automl.data import check_files, load_data
 from rapidfire_automl.events import Listener
 from rapidfire_automl.fields import TRAINERS, check_fields
 from rapidfire_automl.hints import unknown
-from rapidfire_automl.search import Executor, SearchResult, run_search
+from rapidfire_automl.search import SearchResult, run_search
 from rapidfire_automl.settings import Plugin, Settings, SettingsError
 from rapidfire_automl.space import Space
 
@@ -108,22 +108,22 @@ def execute(program: Program, listeners: Sequence[Listener] = ()) -> SearchResul
         executor = build_executor(program)
     except ValueError as error:
         raise SettingsError(str(error)) from error
-    with executor:
-        return run_search(
-            executor,
-            build_objective(program, executor),
-            study=study,
-            n_trials=program.n_trials,
-            run_dir=program.run_dir,
-            timeout_s=settings.search.timeout_s,
-            listeners=listeners,
-            mlflow_experiment=settings.output.mlflow,
-            facts={
-                "settings": settings.model_dump(),
-                "train_examples": len(program.train),
-                "eval_examples": len(program.held_out),
-            },
-        )
+    return run_search(
+        executor,
+        build_objective(program, executor),
+        study=study,
+        n_trials=program.n_trials,
+        run_dir=program.run_dir,
+        timeout_s=settings.search.timeout_s,
+        listeners=listeners,
+        mlflow_experiment=settings.output.mlflow,
+        facts={
+            "settings": settings.model_dump(),
+            "train_examples": len(program.train),
+            "eval_examples": len(program.held_out),
+        },
+        own=True,
+    )
 
 
 def build_executor(program: Program) -> RapidFireExecutor:
@@ -176,7 +176,7 @@ def build_objective(program: Program, executor: Any) -> Callable[[optuna.Trial],
         trainer.remove_callback(PrinterCallback)  # it prints each log line to stdout when tqdm is off
         return trainer
 
-    return executor.objective(build)  # type: ignore[no-any-return]
+    return build
 
 
 def build_study(program: Program) -> optuna.Study:
@@ -215,7 +215,9 @@ def build_sampler(settings: Settings) -> optuna.samplers.BaseSampler:
         cls = getattr(optuna.samplers, _SAMPLERS[plugin.name])
     else:
         raise SettingsError(_no_such("search.sampler", plugin.name, [*_SAMPLERS, "grid"]))
-    return _build(plugin, cls, "search.sampler", optuna.samplers.BaseSampler, settings.search.seed)
+    sampler: optuna.samplers.BaseSampler
+    sampler = _build(plugin, cls, "search.sampler", optuna.samplers.BaseSampler, settings.search.seed)
+    return sampler
 
 
 def build_pruner(settings: Settings) -> optuna.pruners.BasePruner:
@@ -226,11 +228,15 @@ def build_pruner(settings: Settings) -> optuna.pruners.BasePruner:
     if ":" in plugin.name:
         cls = _load(plugin.name, "search.policy")
         if inspect.isclass(cls) and issubclass(cls, optuna.pruners.BasePruner):
-            return _build(plugin, cls, "search.policy", optuna.pruners.BasePruner)
+            pruner: optuna.pruners.BasePruner = _build(plugin, cls, "search.policy", optuna.pruners.BasePruner)
+            return pruner
     try:
         return PolicyPruner(policy_from_name(plugin.name, **plugin.arguments), chunks=settings.search.chunks)
     except ValueError as error:
-        raise SettingsError(f"`search.policy`: {str(error).removeprefix('`policy` ')}") from None
+        message = str(error)
+        if message.startswith("`policy`"):
+            raise SettingsError(message.replace("`policy`", "`search.policy`", 1)) from None
+        raise SettingsError(f"`search.policy`: {message}") from None
 
 
 def _build(plugin: Plugin, cls: Any, key: str, kind: type, seed: int | None = None) -> Any:
@@ -325,9 +331,15 @@ def _with_defaults(args: Mapping[str, Any], settings: Settings, output_dir: Path
         "seed": settings.search.seed,
         "output_dir": str(output_dir),
     }
-    if settings.base.device == "cpu":
-        ours["use_cpu"] = True
+    if settings.base.device == "cpu" or (settings.base.device is None and not _accelerator()):
+        ours["use_cpu"] = True  # without it TRL's default, bf16, is refused where there is no GPU
     return {**ours, **args}
+
+
+def _accelerator() -> bool:
+    import torch
+
+    return torch.accelerator.is_available()
 
 
 def _check_steps(settings: Settings, space: Space, examples: int) -> None:
@@ -364,10 +376,10 @@ def _try_out(program: Program) -> None:
     import trl
     from peft import LoraConfig
 
-    corner = {
-        name: d.choices[0] if isinstance(d, optuna.distributions.CategoricalDistribution) else d.low
-        for name, d in program.space.distributions().items()
-    }
+    corner: dict[str, Any] = {}
+    for name, distribution in program.space.distributions().items():
+        choices = getattr(distribution, "choices", None)
+        corner[name] = choices[0] if choices else getattr(distribution, "low", None)
     choice = program.space.suggest(optuna.trial.FixedTrial(corner))
     try:
         lora = LoraConfig(**{"task_type": "CAUSAL_LM", **choice["lora"]})

@@ -8,12 +8,11 @@ from __future__ import annotations
 import logging
 import math
 import os
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Protocol, Self
@@ -22,16 +21,15 @@ from optuna.study import StudyDirection
 
 from rapidfire_automl.events import Event, Listener
 from rapidfire_automl.jsonable import dumps, jsonable
+from rapidfire_automl.versions import installed
 from rapidfire_policies.base import TrialState
 
 if TYPE_CHECKING:
     import optuna
 
-    from rapidfire_automl.executor.record import TrialRecord
+    from rapidfire_automl.records import TrialRecord
 
 _log = logging.getLogger(__name__)
-
-PACKAGES = ("rapidfire_automl", "torch", "transformers", "trl", "peft", "accelerate", "datasets", "optuna")
 
 
 class Executor(Protocol):
@@ -63,6 +61,12 @@ class Executor(Protocol):
 
     def explain(self) -> str:
         """What the planner chose and why."""
+
+    def __enter__(self) -> Any:
+        """Load the base."""
+
+    def __exit__(self, *error: Any) -> Any:
+        """Free everything."""
 
 
 @dataclass(frozen=True)
@@ -126,19 +130,22 @@ def run_search(
     listeners: Sequence[Listener] = (),
     mlflow_experiment: str | None = None,
     facts: Mapping[str, object] | None = None,
+    own: bool = False,
 ) -> SearchResult:
     """Search, and write `events.jsonl`, `summary.json`, `plan.json`, `curves.png` and `timeline.png`.
 
     Args:
-        executor: A `RapidFireExecutor`, entered or not; closing it is the caller's.
+        executor: A `RapidFireExecutor`, entered or not.
         objective: Builds and returns a TRL trainer; decorated with `executor.objective` or plain.
         study: Any Optuna study with one direction.
         n_trials: Trials to run.
         run_dir: The run folder; made when missing. Events are appended to those of an earlier search in it.
-        timeout_s: Seconds after which no further chunk is started.
+        timeout_s: Seconds after which no further trial is started.
         listeners: Called with every event, after it is in `events.jsonl`.
         mlflow_experiment: Name of an MLflow experiment to log to, or None for none.
         facts: Entries to add to the summary (settings, data set, ...); they do not replace ours.
+        own: Whether to enter and close the executor here, so that loading the base is timed and its events are kept;
+            else both are the caller's.
 
     Returns:
         What was found. `best_trial` is None when no trial completed with a finite value but some were pruned.
@@ -157,24 +164,21 @@ def run_search(
     before = set(executor.records)
     tracker = _mlflow(mlflow_experiment, run_dir)
     maximize = study.direction is StudyDirection.MAXIMIZE
-    status = "complete"
     with _Journal(run_dir / "events.jsonl", [*([tracker] if tracker else []), *listeners]) as journal:
         executor.add_listener(journal)
-        try:
-            executor.optimize(study, objective, n_trials=n_trials, timeout_s=timeout_s)
-        except KeyboardInterrupt:
-            status = "interrupted"
-        except BaseException:
+        with executor if own else nullcontext():
             status = "crashed"
-            raise
-        finally:
-            records = {n: r for n, r in sorted(executor.records.items()) if n not in before}
-            if status == "complete" and records and all(r.state is TrialState.FAILED for r in records.values()):
-                status = "failed"
-            result = _result(executor, records, journal, run_dir, status, maximize, facts or {})
-            _write(result, executor, records)
-            if tracker is not None:
-                tracker.finish(result.summary)
+            try:
+                status = _optimize(executor, study, objective, n_trials, timeout_s, before)
+            except SystemExit:  # SIGTERM
+                status = "interrupted"
+                raise
+            finally:
+                records = {n: r for n, r in sorted(executor.records.items()) if n not in before}
+                result = _result(executor, records, journal, run_dir, status, maximize, facts or {})
+                _write(result, executor, records, journal.chunk_ends_s)
+                if tracker is not None:
+                    tracker.finish(result.summary)
     if status == "interrupted":
         raise SearchInterrupted(result)
     if status == "failed":
@@ -182,8 +186,32 @@ def run_search(
     return result
 
 
+def _optimize(
+    executor: Executor,
+    study: optuna.Study,
+    objective: Callable[..., Any],
+    n_trials: int,
+    timeout_s: float | None,
+    before: set[int],
+) -> str:
+    """Drive the executor; how it ended: "complete", "failed" (every trial) or "interrupted"."""
+
+    def all_failed() -> bool:
+        states = [record.state for number, record in executor.records.items() if number not in before]
+        return bool(states) and all(state is TrialState.FAILED for state in states)
+
+    try:
+        executor.optimize(study, objective, n_trials=n_trials, timeout_s=timeout_s)
+    except KeyboardInterrupt:
+        return "interrupted"
+    except RuntimeError:
+        if not all_failed():
+            raise
+    return "failed" if all_failed() else "complete"
+
+
 class _Journal:
-    """The listener that keeps `events.jsonl` and passes every event on."""
+    """The listener that keeps `events.jsonl`, and what only events tell, and passes every event on."""
 
     def __init__(self, path: Path, listeners: Iterable[Listener]) -> None:
         self._file = path.open("a", encoding="utf-8")
@@ -191,14 +219,17 @@ class _Journal:
         self._lock = threading.Lock()
         self.start_s = time.monotonic()
         self.first_verdict_s: float | None = None
+        self.chunk_ends_s: dict[int, list[float]] = {}
 
     def __call__(self, event: Event) -> None:
-        """Write the event down and pass it on; after `close` only the passing on stops, too."""
+        """Write the event down and pass it on; an event that comes after the end is dropped."""
         with self._lock:
             if self._file.closed:
                 return
             if event.kind == "verdict" and self.first_verdict_s is None:
                 self.first_verdict_s = self.elapsed_s
+            if event.kind == "chunk_done" and event.trial is not None:
+                self.chunk_ends_s.setdefault(event.trial, []).append(event.time_s)
             self._file.write(dumps(event) + "\n")
             self._file.flush()
             for listener in self._listeners:
@@ -263,7 +294,7 @@ def _result(
         "seed": getattr(executor, "seed", None),
         "trials": [_trial(r) for r in records.values()],
         "explain": _explain(executor),
-        "versions": versions(),
+        "versions": installed(),
     }
     return SearchResult(
         best_trial=best,
@@ -277,7 +308,7 @@ def _result(
         first_verdict_s=journal.first_verdict_s,
         wall_s=wall_s,
         run_dir=run_dir,
-        summary=jsonable({**facts, **summary}),
+        summary=jsonable({**summary, **{name: fact for name, fact in facts.items() if name not in summary}}),
     )
 
 
@@ -296,6 +327,7 @@ def _trial(record: TrialRecord) -> dict[str, Any]:
         "adapter": Path(record.adapter).absolute() if record.adapter else None,
         "trainer": record.trainer,
         "fused": record.fused,
+        "why_unfused": record.why_unfused or None,
         "error": record.error,
     }
 
@@ -308,7 +340,12 @@ def _explain(executor: Executor) -> str | None:
         return f"no explanation: {error}"
 
 
-def _write(result: SearchResult, executor: Executor, records: Mapping[int, TrialRecord]) -> None:
+def _write(
+    result: SearchResult,
+    executor: Executor,
+    records: Mapping[int, TrialRecord],
+    chunk_ends_s: Mapping[int, Sequence[float]],
+) -> None:
     """Write the run folder: the numbers first, and the pictures after them."""
     from rapidfire_automl import pictures
 
@@ -338,6 +375,7 @@ def _write(result: SearchResult, executor: Executor, records: Mapping[int, Trial
             slots=executor.slots,
             best=result.best_trial,
             maximize=maximize,
+            chunk_ends_s=chunk_ends_s,
         )
     except Exception as error:  # a picture that cannot be drawn must not cost the results
         _log.warning("No pictures: %s", error)
@@ -373,14 +411,3 @@ def _mlflow(experiment: str | None, run_dir: Path) -> Any:
     from rapidfire_automl.tracking import MlflowListener
 
     return MlflowListener(experiment, run_dir)
-
-
-def versions() -> dict[str, str | None]:
-    """Versions of what the result depends on; None where a package is not installed."""
-    found: dict[str, str | None] = {"python": sys.version.split()[0]}
-    for name in PACKAGES:
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            found[name] = None
-    return found

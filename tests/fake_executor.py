@@ -11,7 +11,7 @@ from typing import Any
 import optuna
 
 from rapidfire_automl.events import Event, Listener
-from rapidfire_automl.executor.record import TrialRecord
+from rapidfire_automl.records import TrialRecord
 from rapidfire_policies.base import TrialState
 
 
@@ -55,6 +55,12 @@ class FakeExecutor:
     def add_listener(self, listener: Listener) -> None:
         self._listeners.append(listener)
 
+    def __enter__(self) -> FakeExecutor:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.closed = True
+
     def explain(self) -> str:
         return f"{self.slots} trials per pass under a budget of 4096 tokens (fake)"
 
@@ -78,6 +84,8 @@ class FakeExecutor:
             if live:
                 self._round(live)
                 live = self._judge(study, live)
+        if all(record.state is TrialState.FAILED for record in self.records.values()):
+            raise RuntimeError("All trials failed.")
 
     def _start(self, trial: optuna.Trial, objective: Callable[..., Any]) -> bool:
         record = TrialRecord(number=trial.number, params={}, state=TrialState.RUNNING)
@@ -120,7 +128,7 @@ class FakeExecutor:
             record.values.append(self._value(trial, len(record.values) + 1))
             record.seconds.append(seconds / len(live))
             record.tokens.append(960)
-            record.spans.append((start, self._now))
+            self._hold(record, start)
             self._done += 1
             self._tell(
                 "chunk_done",
@@ -132,6 +140,12 @@ class FakeExecutor:
             )
             if self._interrupt_after is not None and self._done >= self._interrupt_after:
                 raise KeyboardInterrupt
+
+    def _hold(self, record: TrialRecord, start: float) -> None:
+        """As the executor does it: one span for as long as a trial keeps its slot."""
+        if record.spans and record.spans[-1][1] >= start:
+            start = record.spans.pop()[0]
+        record.spans.append((start, self._now))
 
     def _value(self, trial: optuna.Trial, k: int) -> float:
         if trial.number in self._values:
