@@ -12,8 +12,9 @@ if TYPE_CHECKING:
     from rapidfire_automl.automl import AutoML
     from rapidfire_automl.configs import RFDPOConfig, RFLoraConfig, RFModelConfig, RFSFTConfig
     from rapidfire_automl.events import Event
-    from rapidfire_automl.executor import Plan, RapidFireExecutor
+    from rapidfire_automl.executor import RapidFireExecutor
     from rapidfire_automl.experiment import Experiment, RFGridSearch, RFOptuna, RFRandomSearch
+    from rapidfire_automl.plan import Plan
     from rapidfire_automl.pruners import PolicyPruner
     from rapidfire_automl.search import SearchResult, run_search
     from rapidfire_automl.space import List, Range
@@ -25,7 +26,7 @@ _MODULES = {
     "Event": "events",
     "Experiment": "experiment",
     "List": "space",
-    "Plan": "executor",
+    "Plan": "plan",
     "PolicyPruner": "pruners",
     "RFDPOConfig": "configs",
     "RFGridSearch": "experiment",
