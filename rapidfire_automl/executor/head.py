@@ -114,9 +114,7 @@ def _is_top1(log_p: Tensor, target: Tensor, y: Tensor) -> Tensor:
     return top
 
 
-def entropy_jacobian(
-    hidden: Tensor, head: Head, *, inverse_temperature: Tensor | None, dtype: torch.dtype
-) -> Tensor:
+def entropy_jacobian(hidden: Tensor, head: Head, *, inverse_temperature: Tensor | None, dtype: torch.dtype) -> Tensor:
     """`d entropy / d hidden`, `(positions, hidden)`; recomputed for the rare loss that uses it."""
     with torch.enable_grad(), torch.autocast(hidden.device.type, enabled=False):
         h = hidden.detach().to(dtype).requires_grad_(True)

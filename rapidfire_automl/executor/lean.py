@@ -9,10 +9,10 @@ from torch import Tensor, nn
 
 
 class _RMSNorm(torch.autograd.Function):
-    """`weight * (x / rms(x)).to(dtype)` as Llama's does it, statistics in float32; no gradient for the frozen weight."""
+    """`weight * (x / rms(x)).to(dtype)` as Llama's does it, statistics in float32; the weight is frozen."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:  # type: ignore[override]
+    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         wide = x if x.dtype == torch.float64 else x.float()
         inverse = torch.rsqrt(wide.pow(2).mean(-1, keepdim=True).add_(eps))
         normed = wide * inverse
@@ -21,7 +21,7 @@ class _RMSNorm(torch.autograd.Function):
         return weight * normed.to(x.dtype)
 
     @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         normed, inverse, weight = ctx.saved_tensors
         g = (dy * weight).to(normed.dtype)
         mean = torch.linalg.vecdot(g, normed).unsqueeze(-1).div_(normed.shape[-1])
@@ -42,7 +42,7 @@ class LeanRMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """`(..., hidden)` to the same."""
-        out: Tensor = _RMSNorm.apply(x, self.weight, self.eps)  # type: ignore[no-untyped-call]
+        out: Tensor = _RMSNorm.apply(x, self.weight, self.eps)
         return out
 
 
@@ -50,12 +50,12 @@ class _GatedSiLU(torch.autograd.Function):
     """`silu(gate) * up`, elementwise, with one intermediate fewer than autograd keeps."""
 
     @staticmethod
-    def forward(ctx: Any, gate: Tensor, up: Tensor) -> Tensor:  # type: ignore[override]
+    def forward(ctx: Any, gate: Tensor, up: Tensor) -> Tensor:
         ctx.save_for_backward(gate, up)
         return torch.nn.functional.silu(gate).mul_(up)
 
     @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor]:
         gate, up = ctx.saved_tensors
         d_up = torch.nn.functional.silu(gate).mul_(dy)
         return torch.ops.aten.silu_backward(dy * up, gate), d_up
@@ -74,7 +74,7 @@ class LeanMLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """`(..., hidden)` to the same."""
-        out: Tensor = self.down_proj(_GatedSiLU.apply(self.gate_proj(x), self.up_proj(x)))  # type: ignore[no-untyped-call, operator]
+        out: Tensor = self.down_proj(_GatedSiLU.apply(self.gate_proj(x), self.up_proj(x)))  # type: ignore[operator]
         return out
 
 
