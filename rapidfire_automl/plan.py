@@ -1,4 +1,4 @@
-"""How requests are split into joint passes: a plan that is calibrated once, recorded, and can be replayed; torch-free."""
+"""How requests are split into joint passes: a plan, calibrated once and recorded, that can be replayed; torch-free."""
 
 from __future__ import annotations
 
@@ -13,9 +13,12 @@ class Sized(Protocol):
     """What the planner needs to know of a request."""
 
     @property
-    def rows(self) -> int: ...
+    def rows(self) -> int:
+        """Rows of the request."""
+
     @property
-    def width(self) -> int: ...
+    def width(self) -> int:
+        """Tokens of a row, padding included."""
 
 
 R = TypeVar("R", bound=Sized)

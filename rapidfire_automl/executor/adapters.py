@@ -33,6 +33,7 @@ class LoraSite:
 
     @property
     def rank(self) -> int:
+        """The adapter's rank."""
         return self.a.shape[0]
 
 

@@ -10,13 +10,12 @@ from typing import Any
 import optuna
 import torch
 
+from rapidfire_automl.executor.adapters import LoraSite
+from rapidfire_automl.executor.context import TrialContext
+from rapidfire_automl.executor.passes import OpenPass
+from rapidfire_automl.executor.walks import CheapWalks
+from rapidfire_automl.records import TrialRecord
 from rapidfire_policies.base import Decision
-
-from ..records import TrialRecord
-from .adapters import LoraSite
-from .context import TrialContext
-from .passes import OpenPass
-from .walks import CheapWalks
 
 
 class Leave(BaseException):
@@ -55,6 +54,7 @@ class Arm:
 
     @property
     def number(self) -> int:
+        """Optuna's number of the trial."""
         return self.record.number
 
     @property

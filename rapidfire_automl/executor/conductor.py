@@ -15,13 +15,12 @@ from typing import Any, Protocol
 
 import torch
 
+from rapidfire_automl.executor.arm import Arm, Leave
+from rapidfire_automl.executor.context import TrialContext
+from rapidfire_automl.executor.passes import Multiplexer, OpenPass, Part, split_for
+from rapidfire_automl.executor.requests import Backward, Boundary, Forward, Pace
+from rapidfire_automl.plan import Plan
 from rapidfire_policies.base import Decision, TrialState, Verdict
-
-from ..plan import Plan
-from .arm import Arm, Leave
-from .context import TrialContext
-from .passes import Multiplexer, OpenPass, Part, split_for
-from .requests import Backward, Boundary, Forward, Pace
 
 logger = logging.getLogger("rapidfire_automl")
 
@@ -37,7 +36,7 @@ class Source(Protocol):
     """Where new trials come from."""
 
     def offer(self, free: int, *, idle: bool) -> list[Arm]:
-        """At most `free` arms, in trial order, whose threads wait for the baton; `idle` if nothing else is to be done."""
+        """At most `free` arms, in trial order, whose threads wait for the baton; `idle` if nothing else is to do."""
 
     @property
     def exhausted(self) -> bool:
@@ -290,7 +289,7 @@ class Conductor:
             except (torch.OutOfMemoryError, RuntimeError) as error:
                 if not _is_out_of_memory(error):
                     raise
-                failed.update({part: error for part in group})
+                failed.update(dict.fromkeys(group, error))
         return failed
 
     def _out_of_memory(self, error: BaseException) -> None:

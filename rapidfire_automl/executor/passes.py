@@ -13,20 +13,25 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
-from ..plan import Plan
-from . import attention, seams
-from .adapters import AdapterBank, LoraSite
-from .head import Head, entropy_jacobian, score
-from .lean import lean_norms
-from .multiplex import JointPass, MultiplexedLinear, Segment
-from .requests import Forward
+from rapidfire_automl.executor import attention, seams
+from rapidfire_automl.executor.adapters import AdapterBank, LoraSite
+from rapidfire_automl.executor.head import Head, entropy_jacobian, score
+from rapidfire_automl.executor.lean import make_lean
+from rapidfire_automl.executor.multiplex import JointPass, MultiplexedLinear, Segment
+from rapidfire_automl.executor.requests import Forward
+from rapidfire_automl.plan import Plan
 
 
 class Member(Protocol):
     """What a pass needs of a trial."""
 
-    row: int
-    sites: Mapping[str, LoraSite]
+    @property
+    def row(self) -> int:
+        """Its row in the adapter bank."""
+
+    @property
+    def sites(self) -> Mapping[str, LoraSite]:
+        """Its adapter."""
 
     def generator(self) -> torch.Generator:
         """A generator in the trial's present state."""
@@ -62,14 +67,17 @@ class Part:
 
     @property
     def rows(self) -> int:
+        """Rows of the request."""
         return self.request.input_ids.shape[0]
 
     @property
     def width(self) -> int:
+        """Tokens of a row."""
         return self.request.input_ids.shape[1]
 
     @property
     def tokens(self) -> int:
+        """Tokens of all rows."""
         return self.rows * self.width
 
 
@@ -117,7 +125,7 @@ class Multiplexer:
         self._current: JointPass | None = None
         self._scales: dict[tuple[Any, ...], Mapping[str, Tensor]] = {}
         self._cast_head: dict[torch.dtype, Head] = {}
-        lean_norms(self._decoder)
+        make_lean(self._decoder)
         attention.install(self._mux, tuple({base.dtype, torch.bfloat16}))
 
     def wrap(self, sites: Mapping[str, LoraSite]) -> None:
@@ -256,7 +264,9 @@ class Multiplexer:
         targets, inverse = [], []
         for part in parts:
             request = part.request
-            assert request.head is not None and request.scored is not None and request.targets is not None
+            assert request.head is not None
+            assert request.scored is not None
+            assert request.targets is not None
             row, column = request.scored.nonzero(as_tuple=True)
             part.positions = (row + part.segment.start) * width + column
             targets.append(request.targets[row, column])
@@ -277,7 +287,8 @@ class Multiplexer:
         )
         start = 0
         for part, head in zip(parts, heads, strict=True):
-            assert part.positions is not None and part.request.scored is not None
+            assert part.positions is not None
+            assert part.request.scored is not None
             stop = start + len(part.positions)
             for name in head.outputs:
                 full = torch.zeros(
@@ -346,13 +357,16 @@ class Multiplexer:
             if grad is not None:
                 upstream[s.start : s.stop, : s.width] = grad
             return
-        assert part.positions is not None and part.jacobian is not None and part.request.scored is not None
+        assert part.positions is not None
+        assert part.jacobian is not None
+        assert part.request.scored is not None
         total = None
         if (grad := part.leaves["log_probs"].grad) is not None:
             total = grad[part.request.scored][:, None].float() * part.jacobian
         entropy = part.leaves.get("entropy")
         if entropy is not None and entropy.grad is not None:
-            assert part.scored_hidden is not None and part.request.head is not None
+            assert part.scored_hidden is not None
+            assert part.request.head is not None
             head = part.request.head
             slope = entropy_jacobian(
                 part.scored_hidden,

@@ -7,11 +7,11 @@ import time
 import torch
 from peft import LoraConfig, get_peft_model
 
-from ..plan import Plan, choose
-from . import seams
-from .base import Base
-from .context import generators_of_its_own
-from .requests import Forward
+from rapidfire_automl.executor import seams
+from rapidfire_automl.executor.base import Base
+from rapidfire_automl.executor.context import generators_of_its_own
+from rapidfire_automl.executor.requests import Forward
+from rapidfire_automl.plan import Plan, choose
 
 _SIZES = (16, 64, 256, 1024, 4096)
 
@@ -43,7 +43,7 @@ def calibrate(base: Base, slots: int, *, limit_s: float = 4.0) -> Plan:
             for size in _SIZES:
                 rate = max(_rate(base, probe, size) for _ in range(2))
                 measured.append((size, rate))
-                if time.perf_counter() - begin > limit_s or size > 16 and rate < 0.8 * max(r for _, r in measured):
+                if time.perf_counter() - begin > limit_s or (size > 16 and rate < 0.8 * max(r for _, r in measured)):
                     break
         except (torch.OutOfMemoryError, RuntimeError) as error:
             if not measured or ("memory" not in str(error) and not isinstance(error, torch.OutOfMemoryError)):
@@ -58,7 +58,7 @@ def _rate(base: Base, probe: seams.Probe, tokens: int) -> float:
     """Tokens a second of one pass, forward and backward, in rows of at most 64 tokens."""
     width = min(tokens, 64)
     ids = torch.ones(tokens // width, width, dtype=torch.long, device=base.multiplexer.device)
-    dtype = base.dtype()
+    dtype = base.dtype
     autocast = torch.bfloat16 if dtype == torch.bfloat16 else None
     request = Forward(ids, None, None, grad=True, autocast=autocast, checkpointing=False, adapter=True)
     _sync(ids)

@@ -29,9 +29,9 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast
 from trl.trainer.utils import FusedCausalLMOutput
 
-from .adapters import LoraSite
-from .head import Head
-from .requests import Backward, Forward, HeadSpec
+from rapidfire_automl.executor.adapters import LoraSite
+from rapidfire_automl.executor.head import Head
+from rapidfire_automl.executor.requests import Backward, Forward, HeadSpec
 
 Submit = Callable[[Any], Any]
 
@@ -366,8 +366,8 @@ class Probe:
 
 
 def self_check(multiplexer: Any, bank: Any, model: PreTrainedModel) -> str:
-    """Run a random adapter through the joint pass and through PEFT's own forward; returns how they differ, if they do."""
-    from .context import generators_of_its_own
+    """Run a random adapter through the joint pass and through PEFT's own forward; returns how they differ."""
+    from rapidfire_automl.executor.context import generators_of_its_own
 
     with generators_of_its_own(0):
         config = LoraConfig(r=2, target_modules="all-linear", init_lora_weights=False, task_type="CAUSAL_LM")

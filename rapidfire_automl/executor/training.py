@@ -13,15 +13,14 @@ from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCall
 from transformers.trainer_callback import TrainerControl, TrainerState
 from transformers.training_args import TrainingArguments
 
+from rapidfire_automl.chunks import chunk_boundaries
+from rapidfire_automl.executor import seams
+from rapidfire_automl.executor.arm import Arm
+from rapidfire_automl.executor.context import generators_of_its_own
+from rapidfire_automl.executor.evaluation import Evaluator
+from rapidfire_automl.executor.requests import Boundary, Pace
+from rapidfire_automl.executor.walks import CheapWalks
 from rapidfire_policies.base import Decision, Verdict
-
-from ..chunks import chunk_boundaries
-from . import seams
-from .arm import Arm
-from .context import generators_of_its_own
-from .evaluation import Evaluator
-from .requests import Boundary, Pace
-from .walks import CheapWalks
 
 logger = logging.getLogger("rapidfire_automl")
 
@@ -101,9 +100,7 @@ class ChunkCallback(TrainerCallback):
             self._arm.abandon_passes()
             self._host.submit(self._arm, Pace())
 
-    def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """At a boundary: evaluate, report, wait."""
         arm, host, record = self._arm, self._host, self._arm.record
         arm.abandon_passes()
