@@ -18,8 +18,7 @@ from rapidfire_automl import RapidFireExecutor
 from rapidfire_automl.chunks import chunk_boundaries
 from rapidfire_automl.plan import Plan
 from rapidfire_policies import ASHA, TrialState
-
-from .searches import HELD_OUT, LRS, TRAIN, Do, Scripted, by_lr, search, sft, study_of, tiny_model
+from tests.executor.searches import HELD_OUT, LRS, TRAIN, Do, Scripted, by_lr, search, sft, study_of, tiny_model
 
 ALONE = Plan(trials_per_pass=1, reason="one trial a pass")
 """With it a trial's numbers do not depend on its neighbours by a single bit."""
@@ -440,7 +439,7 @@ def test_a_listener_that_raises_does_not_end_the_search() -> None:
 
     events: list[Any] = []
     executor_given = {"listeners": [listen, events.append]}
-    from .searches import make_executor
+    from tests.executor.searches import make_executor
 
     study = study_of(LRS[:2])
     with make_executor(**executor_given) as executor:
