@@ -34,6 +34,7 @@ class Plan:
         max_padding: A request joins a pass only while padded tokens stay below this multiple of the real ones.
         reason: Why, for people.
         tokens_per_s: What calibration measured: pass size in tokens to throughput, forward and backward.
+        short_attention: By dtype, the widest sequence for which a CPU computes attention without the stock kernel.
     """
 
     budget_tokens: int = 4096
@@ -41,6 +42,7 @@ class Plan:
     max_padding: float = 1.35
     reason: str = "default"
     tokens_per_s: tuple[tuple[int, float], ...] = ()
+    short_attention: tuple[tuple[str, int], ...] = (("bfloat16", 256), ("float32", 64))
 
     def __post_init__(self) -> None:
         if self.budget_tokens < 1:
@@ -97,6 +99,7 @@ class Plan:
         try:
             fields = json.loads(Path(path).read_text(encoding="utf-8"))
             fields["tokens_per_s"] = tuple((int(n), float(rate)) for n, rate in fields.get("tokens_per_s", ()))
+            fields["short_attention"] = tuple((str(d), int(n)) for d, n in fields.get("short_attention", ()))
             return cls(**fields)
         except (OSError, TypeError, KeyError, json.JSONDecodeError) as error:
             raise ValueError(f"`plan` must be a recorded plan (plan.json), could not read {path}: {error}.") from error

@@ -67,15 +67,13 @@ class Arm:
         start = ends[chunk - 1] if chunk else 0
         return (self.step - start) / (ends[chunk] - start)
 
-    def generator(self) -> torch.Generator:
-        """A CPU generator in the trial's present state."""
-        generator = torch.Generator()
-        generator.set_state(self.context.torch_state)
-        return generator
+    def generator(self, device: torch.device) -> torch.Generator:
+        """A generator on a device, in the trial's present state."""
+        return self.context.generator(device)
 
     def put_generator(self, generator: torch.Generator) -> None:
         """Go on from where a pass's draws have left off."""
-        self.context.torch_state = generator.get_state()
+        self.context.take(generator)
 
     def abandon_passes(self) -> None:
         """Say that no backward will come from the trial's open passes."""

@@ -7,6 +7,7 @@ this 1.0 ms; at 512 tokens it is the other way round. Where to switch is measure
 from __future__ import annotations
 
 import time
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 NAME = "rapidfire_short"
-_widest: dict[torch.dtype, int] = {}
+_ATTRIBUTE = "_rapidfire_widths"
 
 
 class _CausalAttention(torch.autograd.Function):
@@ -64,7 +65,7 @@ def _attention(
     """Transformers' attention interface: plain causal attention of a short pass here, anything else as before."""
     tokens = query.shape[2]
     plain = attention_mask is None and dropout == 0 and key.shape[2] == tokens > 1 and kwargs.get("softcap") is None
-    if not plain or kwargs.get("is_causal") is False or tokens > _widest.get(query.dtype, 0):
+    if not plain or kwargs.get("is_causal") is False or tokens > _widest(module, query.dtype):
         return sdpa_attention_forward(  # type: ignore[no-any-return]
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
         )
@@ -73,26 +74,44 @@ def _attention(
     return out.transpose(1, 2).contiguous(), None
 
 
-def install(model: Any, dtypes: tuple[torch.dtype, ...]) -> None:
-    """Let a model on the CPU use it where it is faster.
+def _widest(module: nn.Module, dtype: torch.dtype) -> int:
+    widths: dict[str, int] = getattr(module.config, _ATTRIBUTE, {})
+    return widths.get(str(dtype).removeprefix("torch."), 0)
+
+
+def install(model: Any, widths: Mapping[str, int]) -> None:
+    """Let a model on the CPU use it for short sequences.
 
     Args:
         model: A clone of the base with a config of its own, changed in place.
-        dtypes: In which its attention may run.
+        widths: By dtype's name, the widest sequence to use it for.
     """
     config = model.config.get_text_config()
     windowed = getattr(config, "sliding_window", None) or getattr(config, "attention_chunk_size", None)
-    if model.device.type != "cpu" or config._attn_implementation != "sdpa" or windowed:
+    if model.device.type != "cpu" or windowed:
         return
+    if config._attn_implementation == "sdpa":
+        AttentionInterface.register(NAME, _attention)
+        AttentionMaskInterface.register(NAME, sdpa_mask)
+        model.set_attn_implementation(NAME)
+    if config._attn_implementation == NAME:
+        setattr(config, _ATTRIBUTE, dict(widths))
+
+
+def widths(config: Any, dtypes: Iterable[torch.dtype]) -> dict[str, int]:
+    """Measure on this machine, for a text config's heads.
+
+    Args:
+        config: The base's text config.
+        dtypes: In which its attention may run.
+
+    Returns:
+        By dtype's name, the widest sequence at which ours is faster.
+    """
     heads = config.num_attention_heads
     groups = getattr(config, "num_key_value_heads", None) or heads
     d = getattr(config, "head_dim", None) or config.hidden_size // heads
-    for dtype in dtypes:
-        if dtype not in _widest:
-            _widest[dtype] = measure(heads, groups, d, dtype)
-    AttentionInterface.register(NAME, _attention)
-    AttentionMaskInterface.register(NAME, sdpa_mask)
-    model.set_attn_implementation(NAME)
+    return {str(dtype).removeprefix("torch."): measure(heads, groups, d, dtype) for dtype in dtypes}
 
 
 def measure(heads: int, groups: int, d: int, dtype: torch.dtype) -> int:

@@ -40,6 +40,9 @@ class Base:
                     f"the joint pass does not agree with this base ({self._why_unfused}): trials run unfused"
                 )
 
+        if not self._why_unfused and self.multiplexer.head is None:
+            self.notes.append("this base's LM head can't be joined: each trial scores with its own")
+
     def clone(self) -> PreTrainedModel:
         """A trial's own modules over the same tensors."""
         clone = seams.share_clone(self.model)
@@ -91,6 +94,12 @@ class Base:
                 f"A trial changed the shared base ({touched} was unfrozen, replaced or written to). "
                 "Train adapters only; merge them into a model of your own."
             )
+
+    def check_arm(self, arm: Arm) -> None:
+        """`check`, and that an arm's parameters are where the joint passes read them."""
+        self.check()
+        if arm.row >= 0:
+            self.bank.check(arm.row)
 
     @property
     def dtype(self) -> torch.dtype:

@@ -19,6 +19,7 @@ from rapidfire_automl.executor.arm import Arm, Leave
 from rapidfire_automl.executor.context import TrialContext
 from rapidfire_automl.executor.passes import Multiplexer, OpenPass, Part, split_for
 from rapidfire_automl.executor.requests import Backward, Boundary, Forward, Pace
+from rapidfire_automl.executor.seams import is_out_of_memory
 from rapidfire_automl.plan import Plan
 from rapidfire_policies.base import Decision, TrialState, Verdict
 
@@ -229,7 +230,7 @@ class Conductor:
         try:
             parts, opened = self.multiplexer.forward([(arm, arm.request) for arm in arms])
         except (torch.OutOfMemoryError, RuntimeError) as error:
-            if not _is_out_of_memory(error):
+            if not is_out_of_memory(error):
                 raise
             self._out_of_memory(error)
             if len(arms) == 1:
@@ -276,7 +277,7 @@ class Conductor:
             self.multiplexer.backward(opened)
             return {}
         except (torch.OutOfMemoryError, RuntimeError) as error:
-            if not _is_out_of_memory(error):
+            if not is_out_of_memory(error):
                 raise
             self._out_of_memory(error)
         failed: dict[Part, BaseException] = {}
@@ -287,7 +288,7 @@ class Conductor:
             try:
                 self.multiplexer.again(group)
             except (torch.OutOfMemoryError, RuntimeError) as error:
-                if not _is_out_of_memory(error):
+                if not is_out_of_memory(error):
                     raise
                 failed.update(dict.fromkeys(group, error))
         return failed
@@ -342,7 +343,3 @@ class _Waiting:
     def __init__(self, arm: Arm) -> None:
         self.arm = arm
         self.rows, self.width = arm.request.input_ids.shape
-
-
-def _is_out_of_memory(error: BaseException) -> bool:
-    return isinstance(error, torch.OutOfMemoryError) or "not enough memory" in str(error)

@@ -32,7 +32,7 @@ from rapidfire_automl.executor.conductor import Conductor
 from rapidfire_automl.executor.context import TrialContext
 from rapidfire_automl.executor.evaluation import Evaluator, Measured, Metric
 from rapidfire_automl.executor.loading import ModelLike, load_base, load_tokenizer
-from rapidfire_automl.executor.planner import calibrate
+from rapidfire_automl.executor.planner import plan_for
 from rapidfire_automl.executor.sources import Arrivals, Asking
 from rapidfire_automl.plan import Plan
 from rapidfire_automl.records import TrialRecord
@@ -350,8 +350,9 @@ class RapidFireExecutor:
                 gc.collect()
                 gc.freeze()
                 if self._plan is None:
-                    self._plan = calibrate(self._base, self.slots)
+                    self._plan = plan_for(self._base, self.slots)
                 plan = self._plan
+                self._base.multiplexer.use(plan)
                 self._conductor = Conductor(self.slots, plan, self._judge, self._tell, self._clock)
                 self._conductor.multiplexer = self._base.multiplexer
                 logger.info("Plan: %s", plan.reason)
@@ -499,7 +500,7 @@ class RapidFireExecutor:
             tell=self._tell,
             measure_base=take_base,
             keep_base=keep_base,
-            check_base=base.check,
+            check=base.check_arm,
             folder=self._folder,
             joint_head=base.multiplexer.head is not None,
         )

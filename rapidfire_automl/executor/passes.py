@@ -33,8 +33,8 @@ class Member(Protocol):
     def sites(self) -> Mapping[str, LoraSite]:
         """Its adapter."""
 
-    def generator(self) -> torch.Generator:
-        """A generator in the trial's present state."""
+    def generator(self, device: torch.device) -> torch.Generator:
+        """A generator on a device, in the trial's present state."""
 
     def put_generator(self, generator: torch.Generator) -> None:
         """Take the generator's state back after its draws."""
@@ -126,7 +126,11 @@ class Multiplexer:
         self._scales: dict[tuple[Any, ...], Mapping[str, Tensor]] = {}
         self._cast_head: dict[torch.dtype, Head] = {}
         make_lean(self._decoder)
-        attention.install(self._mux, tuple({base.dtype, torch.bfloat16}))
+        self.use(Plan())
+
+    def use(self, plan: Plan) -> None:
+        """Follow a plan's choice of attention."""
+        attention.install(self._mux, dict(plan.short_attention))
 
     def wrap(self, sites: Mapping[str, LoraSite]) -> None:
         """Put multiplexed Linears where a trial's adapter needs them."""
@@ -188,7 +192,7 @@ class Multiplexer:
         for member, request in requests:
             rows, width = request.input_ids.shape
             on = request.adapter
-            generator = member.generator()
+            generator = member.generator(self.device)
             segment = Segment(
                 start=row,
                 stop=row + rows,
@@ -407,7 +411,8 @@ class _Replay:
     def sites(self) -> Mapping[str, LoraSite]:
         return self.member.sites
 
-    def generator(self) -> torch.Generator:
+    def generator(self, device: torch.device) -> torch.Generator:
+        """The one of the first run."""
         return self._generator
 
     def put_generator(self, generator: torch.Generator) -> None:

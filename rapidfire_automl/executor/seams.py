@@ -234,7 +234,8 @@ class Seam:
                 self.notes.append("this trainer's LM head can't be joined: it scores with its own")
             else:
                 self._cut_head(causal, decoder, spec)
-        self._cut_backward()
+        if self.fused:
+            self._cut_backward()
 
     def close(self) -> None:
         """Take the cuts out again."""
@@ -350,6 +351,11 @@ def checkpointing_layers(decoder: PreTrainedModel) -> list[GradientCheckpointing
     return layers
 
 
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an allocation failed, on a GPU or a CPU."""
+    return isinstance(error, torch.OutOfMemoryError) or "not enough memory" in str(error)
+
+
 @dataclass(slots=True)
 class Probe:
     """An adapter that belongs to no trial, for checks and calibration."""
@@ -357,12 +363,17 @@ class Probe:
     sites: dict[str, LoraSite]
     row: int = -1
 
-    def generator(self) -> torch.Generator:
+    def generator(self, device: torch.device) -> torch.Generator:
         """Any."""
-        return torch.Generator()
+        return torch.Generator(device=device)
 
     def put_generator(self, generator: torch.Generator) -> None:
         """Nobody goes on from it."""
+
+
+def is_half(hidden: Tensor) -> bool:
+    """Whether hidden states are in half precision."""
+    return hidden.dtype in (torch.bfloat16, torch.float16)
 
 
 def self_check(multiplexer: Any, bank: Any, model: PreTrainedModel) -> str:
@@ -385,11 +396,19 @@ def self_check(multiplexer: Any, bank: Any, model: PreTrainedModel) -> str:
                 expected = decoder(input_ids=ids, use_cache=False).last_hidden_state.double()
                 with own.disable_adapter():
                     effect = (decoder(input_ids=ids, use_cache=False).last_hidden_state - expected).norm()
+                own_scores = own.get_base_model()(input_ids=ids).logits.float().log_softmax(-1)
             probe.row = bank.add(sites)
             multiplexer.wrap(sites)
             request = Forward(ids, None, None, grad=False, autocast=None, checkpointing=False, adapter=True)
             parts, _ = multiplexer.forward([(probe, request)])
             got = parts[0].leaves["hidden"]
+            if multiplexer.head is not None:
+                spec = HeadSpec(frozenset({"log_probs"}))
+                scored = request.with_head(spec, ids[:, 1:], torch.ones_like(ids[:, 1:], dtype=torch.bool))
+                scores = multiplexer.forward([(probe, scored)])[0][0].leaves["log_probs"]
+                theirs = own_scores[:, :-1].gather(2, ids[:, 1:, None])[..., 0]
+                if float((scores - theirs).abs().max()) > (1.0 if is_half(got) else 1e-2):
+                    multiplexer.head = None
         except Exception as error:
             return f"{type(error).__name__}: {error}"
         finally:
@@ -397,5 +416,5 @@ def self_check(multiplexer: Any, bank: Any, model: PreTrainedModel) -> str:
                 bank.remove(probe.row)
                 bank.reset()
         wrong = float((got - expected).norm() / effect)
-        tolerance = 0.3 if got.dtype in (torch.bfloat16, torch.float16) else 1e-3
+        tolerance = 0.3 if is_half(got) else 1e-3
         return "" if wrong <= tolerance else f"hidden states are off by {wrong:.1e} of what the adapter does"

@@ -39,7 +39,7 @@ class Host:
         tell: Emits an event.
         measure_base: Whether this arm is the first, and measures the untrained base; asked once.
         keep_base: Takes what it measured.
-        check_base: Raises if the base's tensors were touched.
+        check: Raises if the base's tensors were touched, or the arm's were replaced.
         folder: Where a trial's files go.
         joint_head: Whether the base's head can join.
     """
@@ -53,7 +53,7 @@ class Host:
     tell: Callable[..., None]
     measure_base: Callable[[], bool]
     keep_base: Callable[[Any], None]
-    check_base: Callable[[], None]
+    check: Callable[[Arm], None]
     folder: Callable[[int], Path]
     joint_head: bool
 
@@ -109,7 +109,7 @@ class ChunkCallback(TrainerCallback):
         host.tell("step", arm, step=state.global_step, max_steps=state.max_steps)
         if done >= len(record.boundaries) or state.global_step < record.boundaries[done]:
             return
-        host.check_base()
+        host.check(arm)
         if arm.walks is not None:
             arm.walks.refresh()
         with generators_of_its_own(host.seed):
