@@ -149,8 +149,8 @@ class RapidFireExecutor:
 
     @property
     def records(self) -> Mapping[int, TrialRecord]:
-        """What is known of each trial, by number."""
-        return self._records
+        """What is known of each trial so far, by number."""
+        return dict(sorted(self._records.items()))
 
     @property
     def plan(self) -> Plan | None:
@@ -486,7 +486,10 @@ class RapidFireExecutor:
             taken, self._base_taken = self._base_taken, True
             return not taken
 
-        def keep_base(measured: Measured) -> None:
+        def keep_base(measured: Measured | None) -> None:
+            if measured is None:
+                self._base_taken = False
+                return
             self.base_value, self.base_scores = measured.value, measured.scores
             self._tell("base_evaluated", None, value=measured.value)
 
@@ -546,7 +549,10 @@ class RapidFireExecutor:
             data=data,
         )
         for listener in self._listeners:
-            listener(event)
+            try:
+                listener(event)
+            except Exception as error:
+                logger.warning("A listener failed at %r. %s: %s", kind, type(error).__name__, error)
 
     def _clock(self) -> float:
         return time.perf_counter() - self._born_s

@@ -240,6 +240,6 @@ class Do(TrainerCallback):
 
     def __init__(self, what: Callable[..., None], when: str = "on_step_end") -> None:
         def call(args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-            what(args=args, state=state, **kwargs)
+            what(args=args, state=state, control=control, **kwargs)
 
         setattr(self, when, call)

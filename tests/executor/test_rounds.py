@@ -18,7 +18,19 @@ from rapidfire_automl import RapidFireExecutor
 from rapidfire_automl.chunks import chunk_boundaries
 from rapidfire_automl.plan import Plan
 from rapidfire_policies import ASHA, TrialState
-from tests.executor.searches import HELD_OUT, LRS, TRAIN, Do, Scripted, by_lr, search, sft, study_of, tiny_model
+from tests.executor.searches import (
+    HELD_OUT,
+    LRS,
+    TRAIN,
+    Do,
+    Scripted,
+    by_lr,
+    make_executor,
+    search,
+    sft,
+    study_of,
+    tiny_model,
+)
 
 ALONE = Plan(trials_per_pass=1, reason="one trial a pass")
 """With it a trial's numbers do not depend on its neighbours by a single bit."""
@@ -138,12 +150,13 @@ def test_paused_trials_may_be_stopped_or_completed() -> None:
     assert [len(values) for values in done.values().values()] == [1, 1, 3]
 
 
-def test_at_most_max_paused_trials_are_paused() -> None:
-    """Pauses beyond `max_paused` are not carried out: each keeps an adapter, an optimizer and a thread."""
-    policy = Scripted({(number, 1): "pause" for number in range(4)})
-    done = search(LRS[:4], policy, max_paused=1)
-    assert done.states() == ["PRUNED", "COMPLETE", "COMPLETE", "COMPLETE"]
-    assert max(sum(t.state is TrialState.PAUSED for t in h.trials) for h in policy.seen) == 1
+@pytest.mark.parametrize("threads", [False, True])
+def test_paused_trials_do_not_pile_up(threads: bool) -> None:
+    """No more trials live at a time than `n_jobs`; if all of them are paused, the policy resumes one or they end."""
+    policy = Scripted({(number, 1): "pause" for number in range(5)})
+    done = search(LRS[:5], policy, slots=2, max_paused=1, threads=threads)
+    assert sorted(done.states()) == ["PRUNED"] * 5
+    assert max(sum(t.is_live for t in history.trials) for history in policy.seen) == 3
 
 
 # -- rounds ------------------------------------------------------------------------------------------------------------
@@ -404,7 +417,7 @@ def test_a_trial_that_raises_frees_its_slot() -> None:
 
 def test_a_trainer_that_stops_itself_is_a_failure_with_a_reason() -> None:
     def objective(executor: RapidFireExecutor) -> Callable[[optuna.Trial], float]:
-        def halt(control: Any, state: Any, **_: Any) -> None:
+        def halt(state: Any, control: Any, **_: Any) -> None:
             control.should_training_stop = state.global_step == 3
 
         def build(trial: optuna.Trial) -> Any:
@@ -438,11 +451,8 @@ def test_a_listener_that_raises_does_not_end_the_search() -> None:
         raise RuntimeError(event.kind)
 
     events: list[Any] = []
-    executor_given = {"listeners": [listen, events.append]}
-    from tests.executor.searches import make_executor
-
     study = study_of(LRS[:2])
-    with make_executor(**executor_given) as executor:
+    with make_executor(listeners=[listen, events.append]) as executor:
         executor.optimize(study, by_lr(executor), n_trials=2)
     assert [trial.state.name for trial in study.trials] == ["COMPLETE"] * 2
     assert sum(event.kind == "trial_ended" for event in events) == 2
