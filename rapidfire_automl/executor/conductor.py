@@ -53,6 +53,7 @@ class Conductor:
 
     Args:
         slots: Arms that train at a time.
+        most: Arms that live at a time, paused ones included.
         plan: How passes are split.
         judge: Closes a round.
         tell: Emits an event (kind, arm or None, data).
@@ -62,12 +63,14 @@ class Conductor:
     def __init__(
         self,
         slots: int,
+        most: int,
         plan: Plan,
         judge: Judge,
         tell: Callable[..., None],
         clock: Callable[[], float],
     ) -> None:
         self.slots = slots
+        self.most = most
         self.plan = plan
         self.multiplexer: Multiplexer | None = None
         self._judge = judge
@@ -127,7 +130,8 @@ class Conductor:
         while not self._cancelled:
             self._resume_paused()
             free = self.slots - sum(arm.has_slot for arm in self._arms)
-            new = source.offer(free, idle=free == self.slots) if free else []
+            room = min(free, self.most - len(self._arms))
+            new = source.offer(room, idle=free == self.slots) if room > 0 else []
             for arm in new:
                 self._give_slot(arm)
             self._arms = sorted([*self._arms, *new], key=lambda arm: arm.number)
@@ -136,7 +140,7 @@ class Conductor:
                 self._drive(holders, home)
                 if not self._cancelled:
                     self._close_round([arm for arm in holders if not arm.done])
-            elif self._arms and source.exhausted:
+            elif self._arms and (source.exhausted or room <= 0):
                 self._wake_or_end()
             elif source.closed:
                 return

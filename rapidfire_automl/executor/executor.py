@@ -55,7 +55,7 @@ class RapidFireExecutor:
         dtype: Of the base, as in `from_pretrained`.
         device: Where the base goes; the first GPU if there is one.
         seed: Of the evaluation and of what runs before a trainer sets its own.
-        max_paused: Most trials that may be paused, `slots` by default; counts towards `n_jobs`.
+        max_paused: Trials that may live beside those that train, `slots` by default; counts towards `n_jobs`.
         metric: What a trial is worth: None for the trainer's built-in one (SFT: mean token NLL; DPO: preference loss at
             beta 0.1), a built-in's name ("nll", "preference_loss", "preference_accuracy", "reward_margin"), or a
             function from a trainer to a number or to one score an example.
@@ -353,7 +353,7 @@ class RapidFireExecutor:
                     self._plan = plan_for(self._base, self.slots)
                 plan = self._plan
                 self._base.multiplexer.use(plan)
-                self._conductor = Conductor(self.slots, plan, self._judge, self._tell, self._clock)
+                self._conductor = Conductor(self.slots, self.n_jobs, plan, self._judge, self._tell, self._clock)
                 self._conductor.multiplexer = self._base.multiplexer
                 logger.info("Plan: %s", plan.reason)
                 self._tell(
