@@ -112,6 +112,10 @@ class Conductor:
         """End the search: every arm leaves at its next request. Callable from any thread, signal handlers too."""
         self._cancelled = True
 
+    def renew(self) -> None:
+        """Make ready for another search after one was cancelled."""
+        self._cancelled = False
+
     @property
     def cancelled(self) -> bool:
         """Whether `cancel` was called."""

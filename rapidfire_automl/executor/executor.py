@@ -26,6 +26,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rapidfire_automl.events import Event, Listener
 from rapidfire_automl.executor import rounds, seams, training
+from rapidfire_automl.executor.arguments import check as check_arguments
 from rapidfire_automl.executor.arm import Arm, Leave
 from rapidfire_automl.executor.base import Base
 from rapidfire_automl.executor.conductor import Conductor
@@ -97,20 +98,24 @@ class RapidFireExecutor:
         output_dir: str | os.PathLike[str] | None = None,
         listeners: Sequence[Listener] = (),
     ) -> None:
-        for name, value in (("slots", slots), ("chunks", chunks), ("eval_batch_size", eval_batch_size)):
-            if not isinstance(value, int) or value < 1:
-                raise ValueError(f"`{name}` must be >= 1, got {value!r}.")
-        if max_paused is not None and max_paused < 0:
-            raise ValueError(f"`max_paused` must be >= 0, got {max_paused}.")
-        builtin = ("nll", "preference_loss", "preference_accuracy", "reward_margin")
-        if isinstance(metric, str) and metric not in builtin:
-            raise ValueError(f"`metric` must be a function or one of {', '.join(builtin)}, got {metric!r}.")
-        if isinstance(model, PreTrainedModel) and tokenizer is None:
-            raise ValueError("`tokenizer` must be given when `model` is a loaded model.")
+        max_paused = slots if max_paused is None else max_paused
+        check_arguments(
+            model=model,
+            tokenizer=tokenizer,
+            metric=metric,
+            plan=plan,
+            dtype=dtype,
+            device=device,
+            slots=slots,
+            chunks=chunks,
+            eval_batch_size=eval_batch_size,
+            seed=seed,
+            max_paused=max_paused,
+        )
         self.slots = slots
         self.chunks = chunks
         self.seed = seed
-        self.max_paused = slots if max_paused is None else max_paused
+        self.max_paused = max_paused
         self.base_value: float | None = None
         self.base_scores: NDArray[np.float64] | None = None
         self._model_like = model
@@ -128,6 +133,7 @@ class RapidFireExecutor:
         self._error: BaseException | None = None
         self._stopping = False
         self._base_taken = False
+        self._study_name = ""
         self._local = threading.local()
         self._exit = ExitStack()
         self._opening = threading.Lock()
@@ -191,6 +197,7 @@ class RapidFireExecutor:
         """
 
         def objective(trial: optuna.Trial) -> float:
+            self._begin(trial.study)
             self._open(serving=True)
             assert self._arrivals is not None
             arm = self._arm(trial)
@@ -198,12 +205,14 @@ class RapidFireExecutor:
             kind, value, reason = self._run(arm, build)
             self._arrivals.gone()
             if self._error is not None:
-                raise RuntimeError("The executor has failed.") from self._error
-            if kind == "cancelled":
+                raise RuntimeError(f"The search has failed. {self._error}") from self._error
+            if kind == "cancelled" and self._stopping:
+                trial.study.stop()
+            elif kind == "cancelled":
                 raise KeyboardInterrupt
             if kind == "pruned":
                 raise optuna.TrialPruned(reason)
-            return float("nan") if kind == "failed" or value is None else value
+            return float("nan") if kind != "complete" or value is None else value
 
         objective.__wrapped__ = build  # type: ignore[attr-defined]
         objective.__name__ = getattr(build, "__name__", "objective")
@@ -219,15 +228,18 @@ class RapidFireExecutor:
             timeout_s: No trial is asked for after so many seconds; those that run go on.
 
         Raises:
-            ValueError: `n_trials` is below 1.
+            ValueError: `n_trials` is below 1, or the study has several objectives.
             RuntimeError: Every trial failed; the message has the first error.
             KeyboardInterrupt: Ctrl-C; finished trials are in the study.
         """
-        if n_trials < 1:
-            raise ValueError(f"`n_trials` must be >= 1, got {n_trials}.")
+        if isinstance(n_trials, bool) or not isinstance(n_trials, int) or n_trials < 1:
+            raise ValueError(f"`n_trials` must be an integer >= 1, got {n_trials!r}.")
+        self._begin(study)
         build = getattr(objective, "__wrapped__", objective)
         self._open(serving=False)
         assert self._conductor is not None
+        self._conductor.renew()
+        self._stopping, self._error = False, None
         threads: dict[int, threading.Thread] = {}
         outcomes: dict[int, Outcome] = {}
         mine: list[int] = []
@@ -246,7 +258,7 @@ class RapidFireExecutor:
 
         def retire(arm: Arm) -> None:
             threads.pop(arm.number).join()
-            kind, value, _ = outcomes.pop(arm.number)
+            kind, value, _ = outcomes.pop(arm.number, ("failed", None, ""))
             if local is not None:  # a sampler that has seen all of its grid may stop the study from `tell`
                 local.in_optimize_loop = True
             try:
@@ -402,9 +414,16 @@ class RapidFireExecutor:
 
     # -- one trial, in its own thread --------------------------------------------------------------------------------
 
+    def _begin(self, study: optuna.Study) -> None:
+        """Take a study; what is known of another's trials is forgotten, since numbers start anew."""
+        if len(study.directions) != 1:
+            raise ValueError(f"`study` must have one objective, got {len(study.directions)}.")
+        with self._opening:
+            if study.study_name != self._study_name:
+                self._study_name = study.study_name
+                self._records.clear()
+
     def _arm(self, trial: optuna.Trial) -> Arm:
-        if len(trial.study.directions) != 1:
-            raise ValueError("The executor needs a study with one objective.")
         record = TrialRecord(trial.number)
         self._records[trial.number] = record
         minimize = trial.study.direction == StudyDirection.MINIMIZE
@@ -430,7 +449,7 @@ class RapidFireExecutor:
             kind, reason = "cancelled", "the search was ended"
         except optuna.TrialPruned as pruned:
             kind, reason = "pruned", str(pruned)
-        except Exception as error:
+        except BaseException as error:
             reason = arm.record.error = f"{type(error).__name__}: {error}"
             logger.warning("Trial %d failed. %s", arm.number, reason)
             logger.debug("%s", traceback.format_exc())
@@ -440,15 +459,17 @@ class RapidFireExecutor:
             arm.walks = None
             states = {"complete": TrialState.COMPLETE, "pruned": TrialState.STOPPED}
             arm.record.state = states.get(kind, TrialState.FAILED)
-            self._tell(
-                "trial_ended",
-                arm,
-                state="failed" if kind == "cancelled" else kind,
-                value=value,
-                reason=reason,
-                adapter=arm.record.adapter,
-            )
-            conductor.leave(arm)
+            try:
+                self._tell(
+                    "trial_ended",
+                    arm,
+                    state="failed" if kind == "cancelled" else kind,
+                    value=value,
+                    reason=reason,
+                    adapter=arm.record.adapter,
+                )
+            finally:
+                conductor.leave(arm)
         return kind, value, reason
 
     def _train(self, arm: Arm, build: Builder) -> Outcome:
