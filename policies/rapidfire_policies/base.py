@@ -10,7 +10,6 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
-from types import MappingProxyType
 
 import numpy as np
 from numpy.typing import NDArray
@@ -66,7 +65,7 @@ class TrialHistory:
     state: TrialState = TrialState.RUNNING
     scores: tuple[NDArray[np.float64], ...] = ()
     costs: tuple[float, ...] = ()
-    params: Mapping[str, object] = field(default_factory=lambda: MappingProxyType({}))
+    params: Mapping[str, object] = field(default_factory=dict)
 
     @property
     def resource(self) -> int:

@@ -1,0 +1,107 @@
+"""Rungs: the resources at which trials are compared, and the cut that keeps the best of them.
+
+A rung is named by its resource, in chunks: rung 3 is where trials stand after their third chunk.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from rapidfire_policies._arguments import check_int
+from rapidfire_policies.base import History
+
+
+def check_rungs(min_resource: int, reduction_factor: int) -> None:
+    """Raise ValueError unless both are integers that make a geometric ladder."""
+    check_int("min_resource", min_resource, at_least=1, fix="It is the first rung, in chunks.")
+    check_int("reduction_factor", reduction_factor, at_least=2, fix="3 keeps the best third at each rung.")
+
+
+def rungs(min_resource: int, reduction_factor: int, chunks: int) -> tuple[int, ...]:
+    """The geometric rungs `min_resource * reduction_factor**k` below `chunks`.
+
+    `chunks` itself is no rung: a trial that stands there has nothing left to train, so a cut could save nothing
+    and would only take its result away.
+
+    Args:
+        min_resource: The first rung, in chunks.
+        reduction_factor: The ratio of two neighbouring rungs.
+        chunks: Chunks of a whole trial.
+
+    Raises:
+        ValueError: `min_resource` is below 1 or `reduction_factor` below 2.
+
+    >>> rungs(1, 3, chunks=12)
+    (1, 3, 9)
+    >>> rungs(1, 3, chunks=9)
+    (1, 3)
+    >>> rungs(4, 2, chunks=4)
+    ()
+    """
+    check_rungs(min_resource, reduction_factor)
+    ladder = []
+    rung = min_resource
+    while rung < chunks:
+        ladder.append(rung)
+        rung *= reduction_factor
+    return tuple(ladder)
+
+
+def values_at(history: History, rung: int) -> dict[int, float]:
+    """The value each trial recorded at a rung, by trial number, whatever became of the trial since."""
+    return {trial.number: trial.values[rung - 1] for trial in history.trials if trial.resource >= rung}
+
+
+@dataclass(frozen=True)
+class Cut:
+    """The outcome of a rung: who ranks where, and how many go on.
+
+    Args:
+        ranks: Rank by trial number, 1 is best; every rank occurs once.
+        keep: The best `keep` of them go on.
+        value: The worst value that goes on.
+    """
+
+    ranks: Mapping[int, int]
+    keep: int
+    value: float
+
+    def keeps(self, number: int) -> bool:
+        """Whether the trial is among the best `keep`."""
+        return self.ranks[number] <= self.keep
+
+
+def top_fraction(values: Mapping[int, float], reduction_factor: int) -> Cut:
+    """Keep the best `max(1, floor(n / reduction_factor))` of `n` values.
+
+    Equal values rank by trial number, the older trial first. NaN, inf and -inf all rank behind every finite value
+    (a diverged trial can report -inf, which is no achievement) and among themselves by trial number. They count in
+    `n`: a configuration that diverged has been tried.
+
+    Args:
+        values: Value by trial number, lower is better; not empty.
+        reduction_factor: One in so many goes on.
+
+    Raises:
+        ValueError: There are no values.
+
+    >>> cut = top_fraction({0: 0.4, 1: 0.3, 2: float("-inf"), 3: 0.3, 4: 0.5, 5: 0.1}, reduction_factor=3)
+    >>> cut.ranks
+    {5: 1, 1: 2, 3: 3, 0: 4, 4: 5, 2: 6}
+    >>> cut.keep, cut.value, cut.keeps(1), cut.keeps(3)
+    (2, 0.3, True, False)
+    """
+    if not values:
+        raise ValueError("`values` must hold at least one value, got none.")
+    ranking = sorted(values, key=lambda number: rank_key(values[number], number))
+    keep = max(1, len(ranking) // reduction_factor)
+    ranks = {number: rank for rank, number in enumerate(ranking, start=1)}
+    return Cut(ranks=ranks, keep=keep, value=values[ranking[keep - 1]])
+
+
+def rank_key(value: float, number: int) -> tuple[bool, float, int]:
+    """The sort key of every ranking: finite before non-finite, then by value, then by trial number."""
+    finite = math.isfinite(value)
+    return (not finite, value if finite else 0.0, number)

@@ -1,0 +1,59 @@
+"""The promise every policy keeps: a search that has a finite trial never ends without one."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import replace
+
+from rapidfire_policies.base import Decision, History, TrialHistory, TrialState, Verdict
+from rapidfire_policies.rungs import rank_key
+
+
+def is_finite(trial: TrialHistory) -> bool:
+    """Whether the trial has a value and its last one is finite.
+
+    >>> is_finite(TrialHistory(0, (float("nan"), 0.5))), is_finite(TrialHistory(1, (0.5, float("-inf"))))
+    (True, False)
+    """
+    return bool(trial.values) and math.isfinite(trial.values[-1])
+
+
+def survives(trial: TrialHistory, decisions: Mapping[int, Decision]) -> bool:
+    """Whether the trial can still be handed over as the result once the decisions are carried out."""
+    if trial.state is TrialState.COMPLETE:
+        return True
+    decision = decisions.get(trial.number)
+    return trial.is_live and (decision is None or decision.verdict is not Verdict.STOP)
+
+
+def keep_one(history: History, decisions: Mapping[int, Decision]) -> dict[int, Decision]:
+    """Turn one STOP into CONTINUE where the decisions would leave no finite trial live or complete.
+
+    A rule that compares with trials of the past can condemn every live one, e.g. against the early values of a
+    trial that has failed since. The trial that goes on is the one with the most chunks done, then the best last
+    value, then the lowest number.
+
+    Args:
+        history: All trials.
+        decisions: What a policy would say.
+
+    Returns:
+        The decisions, changed in one entry at most.
+
+    >>> history = History((TrialHistory(0, (0.1,), TrialState.FAILED), TrialHistory(1, (0.2,))), chunks=4)
+    >>> keep_one(history, {1: Decision(Verdict.STOP, "worse than 0.1")})[1].verdict
+    <Verdict.CONTINUE: 'continue'>
+    """
+    kept = dict(decisions)
+    finite = [trial for trial in history.trials if is_finite(trial)]
+    condemned = [trial for trial in finite if trial.is_live]
+    if not condemned or any(survives(trial, decisions) for trial in finite):
+        return kept
+    best = min(condemned, key=lambda trial: (-trial.resource, rank_key(trial.values[-1], trial.number)))
+    kept[best.number] = replace(
+        kept[best.number],
+        verdict=Verdict.CONTINUE,
+        reason=f"{kept[best.number].reason}; kept as the last finite trial".removeprefix("; "),
+    )
+    return kept

@@ -1,0 +1,5 @@
+"""Everything that touches torch."""
+
+from .executor import RapidFireExecutor
+
+__all__ = ["RapidFireExecutor"]

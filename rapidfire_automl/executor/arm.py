@@ -1,0 +1,86 @@
+"""An arm: one trial while it trains, in a thread of its own that runs only while it holds the baton."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import optuna
+import torch
+
+from rapidfire_policies.base import Decision
+
+from ..records import TrialRecord
+from .adapters import LoraSite
+from .context import TrialContext
+from .passes import OpenPass
+from .walks import CheapWalks
+
+
+class Leave(BaseException):
+    """Raised in a trial's thread when the search ends; no `except Exception` of a user's catches it."""
+
+
+@dataclass(eq=False)
+class Arm:
+    """A trial and where it stands.
+
+    Args:
+        trial: Optuna's trial.
+        context: Its share of the process-wide state.
+        record: Its story.
+        minimize: Whether its study minimises.
+    """
+
+    trial: optuna.Trial
+    context: TrialContext
+    record: TrialRecord
+    minimize: bool
+    row: int = -1
+    sites: Mapping[str, LoraSite] = field(default_factory=dict)
+    walks: CheapWalks | None = None
+    request: Any = None
+    answer: Any = None
+    open_passes: list[OpenPass] = field(default_factory=list)
+    has_slot: bool = False
+    done: bool = False
+    chunk_seconds: float = 0.0
+    chunk_tokens: int = 0
+    step: int = 0
+    span_start_s: float = 0.0
+    go: threading.Event = field(default_factory=threading.Event)
+    decision: Decision | None = None
+
+    @property
+    def number(self) -> int:
+        return self.record.number
+
+    @property
+    def progress(self) -> float:
+        """Share of the running chunk that is done, 0 to 1."""
+        ends = self.record.boundaries
+        chunk = len(self.record.values)
+        if chunk >= len(ends):
+            return 1.0
+        start = ends[chunk - 1] if chunk else 0
+        return (self.step - start) / (ends[chunk] - start)
+
+    def generator(self) -> torch.Generator:
+        """A CPU generator in the trial's present state."""
+        generator = torch.Generator()
+        generator.set_state(self.context.torch_state)
+        return generator
+
+    def put_generator(self, generator: torch.Generator) -> None:
+        """Go on from where a pass's draws have left off."""
+        self.context.torch_state = generator.get_state()
+
+    def abandon_passes(self) -> None:
+        """Say that no backward will come from the trial's open passes."""
+        for opened in self.open_passes:
+            for part in opened.parts:
+                if part.member is self:
+                    part.live = False
+        self.open_passes.clear()

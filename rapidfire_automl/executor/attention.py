@@ -1,0 +1,122 @@
+"""Attention for short sequences on a CPU, where the stock kernel's backward costs more than the rest of the layer.
+
+Measured on two cores with AMX, 8 rows of 16 tokens, bfloat16, forward and backward: `scaled_dot_product_attention` 14.8 ms,
+this 1.0 ms; at 512 tokens it is the other way round. Where to switch is measured per machine, by `measure`.
+"""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+
+NAME = "rapidfire_short"
+_widest: dict[torch.dtype, int] = {}
+
+
+class _CausalAttention(torch.autograd.Function):
+    """`q (batch, heads, tokens, d)`, `k, v (batch, kv_heads, tokens, d)` to `(batch, heads, tokens, d)`; softmax in float32."""
+
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:  # type: ignore[override]
+        batch, heads, tokens, d = q.shape
+        groups = k.shape[1]
+        together = (batch * groups, heads // groups * tokens, d)
+        q, k, v = q.reshape(together), k.reshape(-1, tokens, d), v.reshape(-1, tokens, d)
+        wide = torch.float64 if q.dtype == torch.float64 else torch.float32
+        mask = torch.full((tokens, tokens), float("-inf"), dtype=wide, device=q.device).triu_(1)
+        scores = torch.bmm(q, k.transpose(1, 2)).to(wide).mul_(scale).view(-1, tokens, tokens).add_(mask)
+        p = scores.softmax(-1).to(q.dtype).view(batch * groups, -1, tokens)
+        out = torch.bmm(p, v)
+        ctx.save_for_backward(q, k, v, p)
+        ctx.scale, ctx.heads = scale, heads
+        return out.view(batch, heads, tokens, d)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        q, k, v, p = ctx.saved_tensors
+        batch, heads, tokens, d = grad.shape
+        grad = grad.reshape(q.shape)
+        dv = torch.bmm(p.transpose(1, 2), grad)
+        dp = torch.bmm(grad, v.transpose(1, 2))
+        wide = torch.float64 if q.dtype == torch.float64 else torch.float32
+        ds = torch._softmax_backward_data(dp.to(wide), p.to(wide), -1, wide).mul_(ctx.scale).to(q.dtype)
+        dq, dk = torch.bmm(ds, k), torch.bmm(ds.transpose(1, 2), q)
+        shape = (batch, -1, tokens, d)
+        return dq.view(batch, heads, tokens, d), dk.view(shape), dv.view(shape), None
+
+
+def _attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """transformers' attention interface: plain causal attention of a short pass here, anything else as before."""
+    tokens = query.shape[2]
+    plain = attention_mask is None and dropout == 0 and key.shape[2] == tokens > 1 and kwargs.get("softcap") is None
+    if not plain or kwargs.get("is_causal") is False or tokens > _widest.get(query.dtype, 0):
+        return sdpa_attention_forward(  # type: ignore[no-any-return]
+            module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
+        )
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    out: Tensor = _CausalAttention.apply(query, key, value, scale)  # type: ignore[no-untyped-call]
+    return out.transpose(1, 2).contiguous(), None
+
+
+def install(model: Any, dtypes: tuple[torch.dtype, ...]) -> None:
+    """Let a model on the CPU use it where it is faster.
+
+    Args:
+        model: A clone of the base with a config of its own, changed in place.
+        dtypes: In which its attention may run.
+    """
+    config = model.config.get_text_config()
+    windowed = getattr(config, "sliding_window", None) or getattr(config, "attention_chunk_size", None)
+    if model.device.type != "cpu" or config._attn_implementation != "sdpa" or windowed:
+        return
+    heads = config.num_attention_heads
+    groups = getattr(config, "num_key_value_heads", None) or heads
+    d = getattr(config, "head_dim", None) or config.hidden_size // heads
+    for dtype in dtypes:
+        if dtype not in _widest:
+            _widest[dtype] = measure(heads, groups, d, dtype)
+    AttentionInterface.register(NAME, _attention)
+    AttentionMaskInterface.register(NAME, sdpa_mask)
+    model.set_attn_implementation(NAME)
+
+
+def measure(heads: int, groups: int, d: int, dtype: torch.dtype) -> int:
+    """The widest sequence, of those tried, at which ours beats the stock kernel, forward and backward."""
+    widest = 0
+    for tokens in (16, 64, 128, 256, 512):
+        q, k, v = (torch.zeros(4, n, tokens, d, dtype=dtype).requires_grad_() for n in (heads, groups, groups))
+
+        def ours(q: Tensor = q, k: Tensor = k, v: Tensor = v) -> Tensor:
+            return _CausalAttention.apply(q, k, v, 1.0)  # type: ignore[no-untyped-call, no-any-return]
+
+        def stock(q: Tensor = q, k: Tensor = k, v: Tensor = v) -> Tensor:
+            wide = [x.repeat_interleave(heads // groups, 1) for x in (k, v)]
+            return nn.functional.scaled_dot_product_attention(q, *wide, is_causal=True)
+
+        times = []
+        for run in (ours, stock):
+            best = float("inf")
+            for _ in range(4):
+                begin = time.perf_counter()
+                run().sum().backward()  # type: ignore[no-untyped-call]
+                best = min(best, time.perf_counter() - begin)
+            times.append(best)
+        if times[0] > times[1]:
+            break
+        widest = tokens
+    return widest

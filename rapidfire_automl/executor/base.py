@@ -1,0 +1,95 @@
+"""The shared base: loaded once, frozen, watched, and multiplexed."""
+
+from __future__ import annotations
+
+import weakref
+from typing import Any
+
+import torch
+from peft import PeftModel
+from torch import nn
+from transformers import PreTrainedModel
+
+from . import seams
+from .adapters import AdapterBank
+from .arm import Arm
+from .passes import Multiplexer
+
+
+class Base:
+    """The frozen base and what stands on it.
+
+    Args:
+        model: The base, frozen.
+        slots: Trials that train at a time.
+    """
+
+    def __init__(self, model: PreTrainedModel, slots: int) -> None:
+        self.model = model
+        self.bank = AdapterBank(slots, seams.device_of(model))
+        self.multiplexer = Multiplexer(model, self.bank)
+        self.notes: list[str] = []
+        self._why_unfused = seams.why_unfusable_base(model)
+        self._clones: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+        tensors = [*model.named_parameters(), *model.named_buffers()]
+        self._watched = [(name, t, t.detach(), t._version) for name, t in tensors]
+        if not self._why_unfused:
+            self._why_unfused = seams.self_check(self.multiplexer, self.bank, model)
+            if self._why_unfused:
+                self.notes.append(f"the joint pass does not agree with this base ({self._why_unfused}): trials run unfused")
+
+    def clone(self) -> PreTrainedModel:
+        """A trial's own modules over the same tensors."""
+        clone = seams.share_clone(self.model)
+        self._clones.add(clone)
+        return clone
+
+    def owns(self, model: nn.Module) -> bool:
+        """Whether a model is one of `clone`'s."""
+        return model in self._clones
+
+    def join(self, arm: Arm, model: PeftModel, args: Any) -> str:
+        """Move an arm's adapter into the bank; returns why it can't join, or an empty string."""
+        sites, why = seams.find_sites(model)
+        why = self._why_unfused or why or seams.why_unfusable_args(args)
+        if why:
+            return why
+        try:
+            arm.row = self.bank.add(sites)
+        except ValueError as error:
+            return str(error)
+        arm.sites = sites
+        self.multiplexer.wrap(sites)
+        return ""
+
+    def part(self, arm: Arm) -> None:
+        """Give an arm its adapter back."""
+        if arm.row >= 0:
+            self.bank.remove(arm.row)
+            arm.row, arm.sites = -1, {}
+
+    def check(self, *, repair: bool = False) -> None:
+        """Assert that the base's tensors are frozen, where they were and as they were.
+
+        Args:
+            repair: Put replaced or unfrozen tensors back before raising, so that the other trials are unharmed.
+
+        Raises:
+            RuntimeError: Somebody touched them.
+        """
+        touched = ""
+        for name, tensor, original, version in self._watched:
+            if tensor.requires_grad or tensor.data_ptr() != original.data_ptr() or tensor._version != version:
+                touched = touched or name
+                if repair:
+                    tensor.requires_grad_(False)
+                    tensor.data = original
+        if touched:
+            raise RuntimeError(
+                f"A trial changed the shared base ({touched} was unfrozen, replaced or written to). "
+                "Train adapters only; merge them into a model of your own."
+            )
+
+    def dtype(self) -> torch.dtype:
+        """Of the base's first parameter."""
+        return next(self.model.parameters()).dtype

@@ -1,0 +1,349 @@
+"""The conductor: hands the baton round, runs joint passes, and closes rounds.
+
+One turn: every arm that has an answer gets the baton, in trial order, until it asks for something; then whatever was
+asked for is run jointly. One round: every slot-holder trains a chunk; then one judgement over the whole history.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import threading
+import time
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
+
+import torch
+
+from rapidfire_policies.base import Decision, TrialState, Verdict
+
+from ..plan import Plan
+from .arm import Arm, Leave
+from .context import TrialContext
+from .passes import Multiplexer, OpenPass, Part, split_for
+from .requests import Backward, Boundary, Forward, Pace
+
+logger = logging.getLogger("rapidfire_automl")
+
+
+class Judge(Protocol):
+    """Closes a round."""
+
+    def __call__(self, waiting: Sequence[Arm], paused: Sequence[Arm]) -> dict[int, Decision]:
+        """A decision per trial number for the arms at a boundary and the paused ones."""
+
+
+class Source(Protocol):
+    """Where new trials come from."""
+
+    def offer(self, free: int, *, idle: bool) -> list[Arm]:
+        """At most `free` arms, in trial order, whose threads wait for the baton; `idle` if nothing else is to be done."""
+
+    @property
+    def exhausted(self) -> bool:
+        """Whether none will come while only paused arms are left."""
+
+    @property
+    def closed(self) -> bool:
+        """Whether none will ever come again."""
+
+
+class Conductor:
+    """Runs in one thread; everything below `run` is called from it, everything else says so.
+
+    Args:
+        slots: Arms that train at a time.
+        plan: How passes are split.
+        judge: Closes a round.
+        tell: Emits an event (kind, arm or None, data).
+        clock: Seconds since the executor was entered.
+    """
+
+    def __init__(
+        self,
+        slots: int,
+        plan: Plan,
+        judge: Judge,
+        tell: Callable[..., None],
+        clock: Callable[[], float],
+    ) -> None:
+        self.slots = slots
+        self.plan = plan
+        self.multiplexer: Multiplexer | None = None
+        self._judge = judge
+        self._tell = tell
+        self._clock = clock
+        self._arms: list[Arm] = []
+        self._idle = threading.Event()
+        self._cancelled = False
+        self.handovers = 0
+
+    @property
+    def arms(self) -> Sequence[Arm]:
+        """Live arms in trial order, paused ones included."""
+        return self._arms
+
+    # -- called from an arm's thread ---------------------------------------------------------------------------------
+
+    def submit(self, arm: Arm, request: Any) -> Any:
+        """File a request, give the baton back, and wait for the answer."""
+        arm.request = request
+        arm.context.save()
+        arm.go.clear()
+        self._idle.set()
+        arm.go.wait()
+        if self._cancelled:
+            raise Leave
+        arm.context.enter()
+        answer, arm.answer = arm.answer, None
+        if isinstance(answer, BaseException):
+            raise answer
+        return answer
+
+    def leave(self, arm: Arm) -> None:
+        """The arm's thread is through; called whatever happened."""
+        arm.request, arm.done = None, True
+        self._idle.set()
+
+    def cancel(self) -> None:
+        """End the search: every arm leaves at its next request. Callable from any thread, signal handlers too."""
+        self._cancelled = True
+
+    @property
+    def cancelled(self) -> bool:
+        """Whether `cancel` was called."""
+        return self._cancelled
+
+    # -- the conductor's thread --------------------------------------------------------------------------------------
+
+    def run(self, source: Source, retire: Callable[[Arm], None], home: TrialContext) -> None:
+        """Conduct until the source is closed and no arm is left, or until cancelled.
+
+        Args:
+            source: New trials.
+            retire: Called once for every arm that is done, in trial order.
+            home: The context to conduct in.
+        """
+        while not self._cancelled:
+            self._resume_paused()
+            free = self.slots - sum(arm.has_slot for arm in self._arms)
+            new = source.offer(free, idle=free == self.slots) if free else []
+            for arm in new:
+                self._give_slot(arm)
+            self._arms = sorted([*self._arms, *new], key=lambda arm: arm.number)
+            holders = [arm for arm in self._arms if arm.has_slot]
+            if holders:
+                self._drive(holders, home)
+                if not self._cancelled:
+                    self._close_round([arm for arm in holders if not arm.done])
+            elif self._arms and source.exhausted:
+                self._wake_or_end()
+            elif source.closed:
+                return
+            self._end_judged(home)
+            self._retire(retire)
+        self._dismiss(retire)
+
+    def _give_slot(self, arm: Arm) -> None:
+        arm.has_slot = True
+        arm.span_start_s = self._clock()
+        arm.record.state = TrialState.RUNNING
+
+    def _take_slot(self, arm: Arm) -> None:
+        if arm.has_slot:
+            arm.has_slot = False
+            arm.record.spans.append((arm.span_start_s, self._clock()))
+
+    def _resume_paused(self) -> None:
+        """Paused arms the policy wants back get the free slots first, in trial order."""
+        free = self.slots - sum(arm.has_slot for arm in self._arms)
+        for arm in self._arms:
+            wants = arm.decision is not None and arm.decision.verdict is Verdict.CONTINUE
+            if free > 0 and not arm.has_slot and wants:
+                self._give_slot(arm)
+                free -= 1
+
+    def _wake_or_end(self) -> None:
+        """All arms are paused and no trial is to come: the policy resumes some, or the rest ends as pruned."""
+        self._close_round([])
+        if not any(arm.decision is not None and arm.decision.verdict is Verdict.CONTINUE for arm in self._arms):
+            for arm in self._arms:
+                if arm.decision is None or arm.decision.verdict is Verdict.PAUSE:
+                    arm.decision = Decision(Verdict.STOP, "paused when the search ended")
+
+    def _end_judged(self, home: TrialContext) -> None:
+        """Arms with a final verdict leave before the next round, so that their slots are free for it."""
+        final = (Verdict.STOP, Verdict.COMPLETE)
+        ending = [arm for arm in self._arms if arm.decision is not None and arm.decision.verdict in final]
+        if ending and not self._cancelled:
+            self._drive(ending, home)
+
+    def _drive(self, arms: Sequence[Arm], home: TrialContext) -> None:
+        """Conduct these arms until each is done or waits at a boundary."""
+        ready = list(arms)
+        for arm in arms:
+            arm.answer, arm.decision = arm.decision, None
+        while ready:
+            for arm in ready:
+                self._hand_baton(arm, home)
+            moving = [arm for arm in arms if not arm.done and not isinstance(arm.request, Boundary)]
+            if self._cancelled or not moving:
+                return
+            ready = self._serve(moving)
+        raise RuntimeError("The rendezvous is stuck: no request can be served.")
+
+    def _hand_baton(self, arm: Arm, home: TrialContext) -> None:
+        begin = time.perf_counter()
+        self._idle.clear()
+        arm.go.set()
+        self._idle.wait()
+        home.enter()
+        self.handovers += 1
+        arm.chunk_seconds += time.perf_counter() - begin
+        if arm.done:
+            arm.abandon_passes()
+
+    def _serve(self, live: Sequence[Arm]) -> list[Arm]:
+        """Answer what can be answered; returns the arms to hand the baton to, in trial order."""
+        ready: list[Arm] = []
+        slowest = min(arm.progress for arm in live)
+        kinds: dict[tuple[Any, ...], list[Arm]] = {}
+        for arm in live:
+            if isinstance(arm.request, Pace):
+                if arm.progress <= slowest:
+                    arm.answer = None
+                    ready.append(arm)
+            elif isinstance(arm.request, Forward):
+                kinds.setdefault(arm.request.kind, []).append(arm)
+        if ready:
+            return ready
+        for arms in kinds.values():
+            for group in self.plan.split([_Waiting(arm) for arm in arms]):
+                self._forward([waiting.arm for waiting in group])
+            ready += arms
+        ready += self._backward([arm for arm in live if isinstance(arm.request, Backward)])
+        return sorted(ready, key=lambda arm: arm.number)
+
+    def _forward(self, arms: Sequence[Arm]) -> None:
+        assert self.multiplexer is not None
+        begin = time.perf_counter()
+        try:
+            parts, opened = self.multiplexer.forward([(arm, arm.request) for arm in arms])
+        except (torch.OutOfMemoryError, RuntimeError) as error:
+            if not _is_out_of_memory(error):
+                raise
+            self._out_of_memory(error)
+            if len(arms) == 1:
+                arms[0].answer = error
+                return
+            middle = len(arms) // 2
+            self._forward(arms[:middle])
+            self._forward(arms[middle:])
+            return
+        for arm, part in zip(arms, parts, strict=True):
+            arm.answer = part.leaves if part.request.head is not None else part.leaves["hidden"]
+            if opened is not None:
+                arm.open_passes.append(opened)
+            if part.request.grad:
+                arm.chunk_tokens += int(
+                    part.tokens if part.request.attention_mask is None else part.request.attention_mask.sum()
+                )
+        self._charge(parts, time.perf_counter() - begin)
+
+    def _backward(self, waiting: Sequence[Arm]) -> list[Arm]:
+        """Run the passes whose live members all wait; an arm goes on when all of its passes have run."""
+        here = {id(arm) for arm in waiting}
+        passes = dict.fromkeys(opened for arm in waiting for opened in arm.open_passes)
+        for opened in passes:
+            if any(part.live and id(part.member) not in here for part in opened.parts):
+                continue
+            begin = time.perf_counter()
+            failed = self._run_backward(opened)
+            self._charge([part for part in opened.parts if part.live], time.perf_counter() - begin)
+            for part in opened.parts:
+                arm = part.member
+                assert isinstance(arm, Arm)
+                if opened in arm.open_passes:
+                    arm.open_passes.remove(opened)
+                if part in failed:
+                    arm.answer = failed[part]
+        return [arm for arm in waiting if not arm.open_passes]
+
+    def _run_backward(self, opened: OpenPass) -> dict[Part, BaseException]:
+        assert self.multiplexer is not None
+        if not any(part.live for part in opened.parts):
+            return {}
+        try:
+            self.multiplexer.backward(opened)
+            return {}
+        except (torch.OutOfMemoryError, RuntimeError) as error:
+            if not _is_out_of_memory(error):
+                raise
+            self._out_of_memory(error)
+        failed: dict[Part, BaseException] = {}
+        opened.hidden = torch.empty(0)
+        alone = [[part] for part in opened.parts if part.live]
+        groups = split_for(self.plan, [part for part in opened.parts if part.live]) if len(alone) > 1 else alone
+        for group in groups if len(groups) > 1 else alone:
+            try:
+                self.multiplexer.again(group)
+            except (torch.OutOfMemoryError, RuntimeError) as error:
+                if not _is_out_of_memory(error):
+                    raise
+                failed.update({part: error for part in group})
+        return failed
+
+    def _out_of_memory(self, error: BaseException) -> None:
+        self.plan = self.plan.halved()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        logger.warning("Out of memory in a joint pass; the budget is now %d tokens.", self.plan.budget_tokens)
+        self._tell("out_of_memory", None, budget_tokens=self.plan.budget_tokens)
+
+    def _charge(self, parts: Sequence[Part], seconds: float) -> None:
+        """Split a pass's time over its trials by tokens."""
+        total = sum(part.tokens for part in parts)
+        for part in parts:
+            assert isinstance(part.member, Arm)
+            part.member.chunk_seconds += seconds * part.tokens / total
+
+    def _close_round(self, waiting: Sequence[Arm]) -> None:
+        paused = [arm for arm in self._arms if not arm.has_slot and not arm.done]
+        decisions = self._judge(waiting, paused)
+        for arm in waiting:
+            arm.decision = decisions.get(arm.number, Decision(Verdict.CONTINUE))
+            if arm.decision.verdict is Verdict.PAUSE:
+                arm.record.state = TrialState.PAUSED
+                self._take_slot(arm)
+        for arm in paused:
+            arm.decision = decisions.get(arm.number, Decision(Verdict.PAUSE))
+
+    def _retire(self, retire: Callable[[Arm], None]) -> None:
+        for arm in [arm for arm in self._arms if arm.done]:
+            self._take_slot(arm)
+            self._arms.remove(arm)
+            retire(arm)
+
+    def _dismiss(self, retire: Callable[[Arm], None]) -> None:
+        """Cancelled: let every thread run into `Leave`, one after the other."""
+        for arm in self._arms:
+            while not arm.done:
+                self._idle.clear()
+                arm.go.set()
+                self._idle.wait()
+        with contextlib.suppress(Exception):
+            self._retire(retire)
+
+
+class _Waiting:
+    """An arm's forward as the planner sees it."""
+
+    __slots__ = ("arm", "rows", "width")
+
+    def __init__(self, arm: Arm) -> None:
+        self.arm = arm
+        self.rows, self.width = arm.request.input_ids.shape
+
+
+def _is_out_of_memory(error: BaseException) -> bool:
+    return isinstance(error, torch.OutOfMemoryError) or "not enough memory" in str(error)

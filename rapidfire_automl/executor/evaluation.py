@@ -1,0 +1,198 @@
+"""What a trial is worth at a chunk boundary: per-example scores on one shared set, comparable across trials.
+
+Built-in metrics score through the same seam the training goes through, so that all trials that stand at a boundary are
+evaluated in joint passes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import numpy as np
+import torch
+from datasets import Dataset
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.nn import functional as F
+from transformers import Trainer
+from trl import DPOTrainer, SFTTrainer
+
+Metric = Callable[[Trainer], float | Sequence[float]]
+PREFERENCE_BETA = 0.1
+"""The one beta at which preferences are judged, whatever beta a trial trains with."""
+
+
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """One evaluation.
+
+    Args:
+        value: The mean of `scores`, or what the metric returned.
+        scores: Per example, shape `(examples,)`; empty where the metric gives one number.
+    """
+
+    value: float
+    scores: NDArray[np.float64]
+
+
+@dataclass(slots=True)
+class Evaluator:
+    """Scores trainers, and keeps what does not change between trials: collated batches and reference log-probabilities.
+
+    Args:
+        metric: A built-in's name, a callable on the trainer, or None for the trainer's own built-in.
+        batch_size: Examples of a forward.
+    """
+
+    metric: str | Metric | None
+    batch_size: int
+    _batches: dict[str, list[tuple[list[int], dict[str, Tensor]]]] = field(default_factory=dict)
+    _reference: dict[str, list[Tensor]] = field(default_factory=dict)
+    _keys: WeakKeyDictionary[Trainer, str] = field(default_factory=WeakKeyDictionary)
+
+    def check(self, trainer: Trainer) -> None:
+        """Raise ValueError or TypeError if this trainer can't be evaluated."""
+        if callable(self.metric):
+            return
+        if trainer.eval_dataset is None:
+            raise ValueError(
+                "`eval_dataset` must be given: trials are compared on it after every chunk. "
+                "Pass it to the trainer, or give the executor a `metric`."
+            )
+        self._builtin(trainer)
+
+    def measure(self, trainer: Trainer, *, minimize: bool) -> Measured:
+        """Score a trainer's model.
+
+        Args:
+            trainer: The trial's trainer.
+            minimize: The study's direction; a built-in metric is negated if that runs against its own.
+
+        Returns:
+            Value and scores in the study's direction.
+        """
+        if callable(self.metric):
+            got = self.metric(trainer)
+            if isinstance(got, (int, float)) or (isinstance(got, (Tensor, np.ndarray)) and got.ndim == 0):
+                return Measured(float(got), np.empty(0))
+            scores = np.asarray(got, dtype=np.float64)
+            if scores.ndim != 1 or not len(scores):
+                raise ValueError(f"`metric` must return a number or one score an example, got shape {scores.shape}.")
+            return Measured(float(scores.mean()), scores)
+        name = self._builtin(trainer)
+        was_training = trainer.model.training
+        trainer.model.eval()
+        try:
+            with torch.no_grad(), trainer.compute_loss_context_manager():
+                scores = self._nll(trainer) if name == "nll" else self._preference(trainer, name)
+        finally:
+            trainer.model.train(was_training)
+        if minimize == (name in ("preference_accuracy", "reward_margin")):
+            scores = -scores
+        return Measured(float(scores.mean()), scores)
+
+    def _builtin(self, trainer: Trainer) -> str:
+        mine: tuple[str, ...]
+        if isinstance(trainer, SFTTrainer):
+            mine = ("nll",)
+        elif isinstance(trainer, DPOTrainer):
+            mine = ("preference_loss", "preference_accuracy", "reward_margin")
+        else:
+            raise TypeError(f"`metric` must be a function for a {type(trainer).__name__}: it has no built-in one.")
+        name = self.metric or mine[0]
+        if name not in mine:
+            raise ValueError(f"`metric` must be one of {', '.join(mine)} for a {type(trainer).__name__}, got {name!r}.")
+        assert isinstance(name, str)
+        return name
+
+    # -- data --------------------------------------------------------------------------------------------------------
+
+    def _data(self, trainer: Trainer) -> tuple[str, list[tuple[list[int], dict[str, Tensor]]]]:
+        """Batches of examples of similar length, with each example's place; the same objects for equal data."""
+        known = self._keys.get(trainer)
+        if known is not None:
+            return known, self._batches[known]
+        sets = trainer.eval_dataset
+        parts: list[Dataset] = list(sets.values()) if isinstance(sets, dict) else [sets]  # type: ignore[list-item]
+        trainer._set_signature_columns_if_needed()
+        wanted = trainer._signature_columns or []
+        rows: list[dict[str, Any]] = []
+        for part in parts:
+            names = [n for n in part.column_names if n in wanted] or part.column_names
+            if not trainer.args.remove_unused_columns:
+                names = part.column_names
+            columns = {name: part[name][:] for name in names}
+            rows += [{name: columns[name][i] for name in names} for i in range(len(part))]
+        if not rows:
+            raise ValueError("`eval_dataset` must not be empty.")
+        key = hashlib.sha256(repr(rows).encode()).hexdigest() + type(trainer.data_collator).__name__
+        if key not in self._batches:
+            order = sorted(range(len(rows)), key=lambda i: (-_length(rows[i]), i))
+            batches = []
+            for start in range(0, len(order), self.batch_size):
+                places = order[start : start + self.batch_size]
+                batch = trainer.data_collator([dict(rows[i]) for i in places])
+                batches.append((places, batch))
+            self._batches[key] = batches
+        self._keys[trainer] = key
+        return key, self._batches[key]
+
+    def _scored(self, trainer: Trainer) -> Iterator[tuple[list[int], dict[str, Tensor], Tensor, Tensor]]:
+        """Per batch: places, inputs, log-probabilities `(rows, width - 1)` and mask of the scored tokens."""
+        for places, batch in self._data(trainer)[1]:
+            inputs = {name: x.to(trainer.args.device) for name, x in batch.items() if isinstance(x, Tensor)}
+            labels = _labels(inputs)
+            output = trainer.model(**_model_inputs(inputs), labels=labels, fused_lm_head=True, use_cache=False)
+            yield places, inputs, output.log_probs, output.label_mask
+
+    # -- built-in metrics --------------------------------------------------------------------------------------------
+
+    def _nll(self, trainer: Trainer) -> NDArray[np.float64]:
+        """Negative log-likelihood in nats a token, weighted so that the mean over examples is the mean over tokens."""
+        pairs: dict[int, tuple[float, float]] = {}
+        for places, _, log_probs, mask in self._scored(trainer):
+            sums, counts = (-log_probs.double()).sum(1).tolist(), mask.sum(1).tolist()
+            pairs.update({place: pair for place, *pair in zip(places, sums, counts, strict=True)})  # type: ignore[misc]
+        sums_, counts_ = np.array([pairs[i] for i in range(len(pairs))]).T
+        if not counts_.sum():
+            raise ValueError("`eval_dataset` has no token to score.")
+        scores: NDArray[np.float64] = sums_ * (len(pairs) / counts_.sum())
+        return scores
+
+    def _preference(self, trainer: Trainer, name: str) -> NDArray[np.float64]:
+        """Per pair, from the margin `(log p(chosen) - ref) - (log p(rejected) - ref)`."""
+        key, _ = self._data(trainer)
+        policy = [log_probs.double().sum(1) for _, _, log_probs, _ in self._scored(trainer)]
+        if key not in self._reference:
+            with trainer.model.disable_adapter():
+                self._reference[key] = [log_probs.double().sum(1) for _, _, log_probs, _ in self._scored(trainer)]
+        margins: dict[int, float] = {}
+        for (places, _), mine, reference in zip(self._batches[key], policy, self._reference[key], strict=True):
+            chosen, rejected = (mine - reference).chunk(2)
+            margins.update(zip(places, (chosen - rejected).tolist(), strict=True))
+        margin = torch.tensor([margins[i] for i in range(len(margins))], dtype=torch.float64)
+        result = {
+            "preference_loss": lambda: -F.logsigmoid(PREFERENCE_BETA * margin),
+            "preference_accuracy": lambda: (margin > 0).double() + 0.5 * (margin == 0).double(),
+            "reward_margin": lambda: PREFERENCE_BETA * margin,
+        }[name]()
+        scores: NDArray[np.float64] = result.numpy()
+        return scores
+
+
+def _labels(inputs: dict[str, Tensor]) -> Tensor:
+    if "completion_mask" in inputs:
+        return inputs["input_ids"].masked_fill(inputs["completion_mask"] == 0, -100)
+    return inputs["labels"]
+
+
+def _model_inputs(inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: inputs[name] for name in ("input_ids", "attention_mask", "position_ids") if name in inputs}
+
+
+def _length(row: dict[str, Any]) -> int:
+    return sum(len(value) for value in row.values() if isinstance(value, (list, tuple)))

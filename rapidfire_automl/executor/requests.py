@@ -1,0 +1,90 @@
+"""What a trial's thread can ask for."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class HeadSpec:
+    """What a trial's fused LM head computes.
+
+    Args:
+        outputs: Per-token fields.
+        inverse_temperature: One over the temperature.
+        logit_scale: The architecture's factor on the logits.
+    """
+
+    outputs: frozenset[str]
+    inverse_temperature: float = 1.0
+    logit_scale: float = 1.0
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Forward:
+    """A pass through the backbone, and through the head where `head` is given.
+
+    Answer: hidden states `(rows, width, hidden)`, or the head's fields, each `(rows, width - 1)`; leaves that ask for a
+    gradient if `grad`.
+
+    Args:
+        input_ids: `(rows, width)`.
+        attention_mask: `(rows, width)` or None.
+        position_ids: `(rows, width)` or None.
+        grad: Whether a backward may follow.
+        autocast: The trial's autocast dtype, or None.
+        checkpointing: Whether activations are recomputed in the backward.
+        adapter: False for the reference pass.
+        head: The head's settings.
+        targets: `(rows, width - 1)`, next tokens.
+        scored: `(rows, width - 1)` bool, positions to score.
+    """
+
+    input_ids: Tensor
+    attention_mask: Tensor | None
+    position_ids: Tensor | None
+    grad: bool
+    autocast: torch.dtype | None
+    checkpointing: bool
+    adapter: bool
+    head: HeadSpec | None = None
+    targets: Tensor | None = None
+    scored: Tensor | None = None
+
+    @property
+    def kind(self) -> tuple[Any, ...]:
+        """Requests of one kind can share a pass."""
+        return (self.grad, self.autocast)
+
+    def with_head(self, head: HeadSpec, targets: Tensor, scored: Tensor) -> Forward:
+        """The same pass, scored."""
+        return replace(self, head=head, targets=targets, scored=scored)
+
+
+@dataclass(frozen=True, slots=True)
+class Backward:
+    """The trial's loss has run backward as far as the cut; answer: None, when its adapters have their gradients."""
+
+
+@dataclass(frozen=True, slots=True)
+class Pace:
+    """The trial is about to begin an optimizer step."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Boundary:
+    """A chunk is done and evaluated; answer: a `Decision`, when the round is over and the trial has a slot.
+
+    Args:
+        chunk: Chunks done.
+        value: In the user's sign.
+        scores: Per example, in the user's sign.
+    """
+
+    chunk: int
+    value: float
+    scores: Any

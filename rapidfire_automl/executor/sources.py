@@ -1,0 +1,110 @@
+"""Where trials come from: Optuna's own threads (`study.optimize`), or our ask-and-tell loop (`executor.optimize`)."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+
+import optuna
+
+from .arm import Arm
+
+
+class Arrivals:
+    """Trials that arrive in threads of Optuna's; admitted by trial number.
+
+    Args:
+        gather_s: How long a free slot waits for the next arrival, after one has come or gone.
+        cancelled: Whether the search has been cancelled.
+    """
+
+    def __init__(self, gather_s: float, cancelled: Callable[[], bool]) -> None:
+        self._gather_s = gather_s
+        self._cancelled = cancelled
+        self._waiting: list[Arm] = []
+        self._news = threading.Condition()
+        self._last_s = time.monotonic()
+        self._closed = False
+
+    def arrive(self, arm: Arm) -> None:
+        """Called in the trial's thread."""
+        with self._news:
+            self._waiting.append(arm)
+            self._last_s = time.monotonic()
+            self._news.notify_all()
+
+    def gone(self) -> None:
+        """A trial has left; its thread may come back with the next."""
+        with self._news:
+            self._last_s = time.monotonic()
+
+    def close(self) -> None:
+        """No trial will come any more."""
+        with self._news:
+            self._closed = True
+            self._news.notify_all()
+
+    def offer(self, free: int, *, idle: bool) -> list[Arm]:
+        """The waiting arms, lowest numbers first; waits a moment for company, and as long as nothing else is to do."""
+        with self._news:
+            while len(self._waiting) < free and not self._closed and not self._cancelled():
+                left = self._last_s + self._gather_s - time.monotonic()
+                if left <= 0 and (self._waiting or not idle or self.exhausted):
+                    break
+                self._news.wait(min(max(left, 0.02), 0.1))
+            self._waiting.sort(key=lambda arm: arm.number)
+            taken, self._waiting = self._waiting[:free], self._waiting[free:]
+            return taken
+
+    @property
+    def exhausted(self) -> bool:
+        """Whether nobody has come or gone for a while."""
+        return self._closed or (not self._waiting and time.monotonic() - self._last_s > max(1.0, 4 * self._gather_s))
+
+    @property
+    def closed(self) -> bool:
+        """Whether `close` was called and nobody waits."""
+        return self._closed and not self._waiting
+
+
+class Asking:
+    """Trials asked from a study as slots get free.
+
+    Args:
+        study: The study.
+        n_trials: How many to ask for.
+        start: Makes an arm of a trial and starts its thread, which waits for the baton.
+        timeout_s: No trial is asked for after so many seconds.
+    """
+
+    def __init__(
+        self,
+        study: optuna.Study,
+        n_trials: int,
+        start: Callable[[optuna.Trial], Arm],
+        timeout_s: float | None,
+    ) -> None:
+        self._study = study
+        self._left = n_trials
+        self._start = start
+        self._deadline = None if timeout_s is None else time.monotonic() + timeout_s
+
+    def offer(self, free: int, *, idle: bool) -> list[Arm]:
+        """Ask for as many trials as there are free slots."""
+        arms = []
+        while free > len(arms) and not self.closed:
+            self._left -= 1
+            arms.append(self._start(self._study.ask()))
+        return arms
+
+    @property
+    def exhausted(self) -> bool:
+        """The same as `closed`: nobody else brings trials."""
+        return self.closed
+
+    @property
+    def closed(self) -> bool:
+        """Whether all trials were asked for, the time is up, or the sampler has stopped the study."""
+        late = self._deadline is not None and time.monotonic() > self._deadline
+        return self._left <= 0 or late or bool(getattr(self._study, "_stop_flag", False))

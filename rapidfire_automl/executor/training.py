@@ -1,0 +1,199 @@
+"""One trial from its trainer to its value: attach, train chunk by chunk, evaluate, save. Runs in the trial's thread."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from peft import PeftModel
+from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCallback
+from transformers.trainer_callback import TrainerControl, TrainerState
+from transformers.training_args import TrainingArguments
+
+from rapidfire_policies.base import Decision, Verdict
+
+from ..chunks import chunk_boundaries
+from . import seams
+from .arm import Arm
+from .context import generators_of_its_own
+from .evaluation import Evaluator
+from .requests import Boundary, Pace
+from .walks import CheapWalks
+
+logger = logging.getLogger("rapidfire_automl")
+
+
+@dataclass(slots=True)
+class Host:
+    """What training needs of the executor.
+
+    Args:
+        submit: Files a request of the arm.
+        join: Moves an arm's adapter into the bank; returns why it can't join, or an empty string.
+        part: The inverse.
+        evaluator: Scores trainers.
+        chunks: Of a whole trial.
+        seed: Of the evaluation's generator.
+        tell: Emits an event.
+        measure_base: Whether this arm is the first, and measures the untrained base; asked once.
+        keep_base: Takes what it measured.
+        check_base: Raises if the base's tensors were touched.
+        folder: Where a trial's files go.
+        joint_head: Whether the base's head can join.
+    """
+
+    submit: Callable[[Arm, Any], Any]
+    join: Callable[[Arm, PeftModel, TrainingArguments], str]
+    part: Callable[[Arm], None]
+    evaluator: Evaluator
+    chunks: int
+    seed: int
+    tell: Callable[..., None]
+    measure_base: Callable[[], bool]
+    keep_base: Callable[[Any], None]
+    check_base: Callable[[], None]
+    folder: Callable[[int], Path]
+    joint_head: bool
+
+
+class ChunkCallback(TrainerCallback):
+    """Stops at every chunk boundary, reports, and waits for the verdict."""
+
+    def __init__(self, arm: Arm, trainer: Trainer, host: Host) -> None:
+        self._arm = arm
+        self._trainer = trainer
+        self._host = host
+        self.step_begins = False
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Cut the trial's own stream into chunks."""
+        arm, host = self._arm, self._host
+        arm.record.boundaries = list(_boundaries(self._trainer, state.max_steps, host.chunks))
+        arm.step = state.global_step
+        host.tell(
+            "trial_started",
+            arm,
+            params=dict(arm.record.params),
+            trainer=arm.record.trainer,
+            max_steps=state.max_steps,
+            boundaries=list(arm.record.boundaries),
+            fused=arm.record.fused,
+        )
+        if host.measure_base():
+            with generators_of_its_own(host.seed), self._trainer.model.disable_adapter():
+                host.keep_base(host.evaluator.measure(self._trainer, minimize=arm.minimize))
+
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Remember to keep pace before the step's first forward."""
+        self.step_begins = True
+
+    def pace(self) -> None:
+        """Called before every forward with gradient."""
+        if self.step_begins:
+            self.step_begins = False
+            self._arm.abandon_passes()
+            self._host.submit(self._arm, Pace())
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """At a boundary: evaluate, report, wait."""
+        arm, host, record = self._arm, self._host, self._arm.record
+        arm.abandon_passes()
+        arm.step = state.global_step
+        done = len(record.values)
+        host.tell("step", arm, step=state.global_step, max_steps=state.max_steps)
+        if done >= len(record.boundaries) or state.global_step < record.boundaries[done]:
+            return
+        host.check_base()
+        if arm.walks is not None:
+            arm.walks.refresh()
+        with generators_of_its_own(host.seed):
+            measured = host.evaluator.measure(self._trainer, minimize=arm.minimize)
+        decision = host.submit(arm, Boundary(done + 1, measured.value, measured.scores))
+        if isinstance(decision, Decision) and decision.verdict in (Verdict.STOP, Verdict.COMPLETE):
+            control.should_training_stop = True
+            if state.global_step < state.max_steps:
+                control.should_save = control.should_evaluate = False
+
+
+def train(arm: Arm, trainer: Any, host: Host) -> None:
+    """Train a trial to its end or its verdict.
+
+    Args:
+        arm: The trial.
+        trainer: What the user's function returned.
+        host: The executor's side.
+
+    Raises:
+        TypeError: It is no trainer.
+        ValueError: It can't be trained here; the message says what to do.
+    """
+    model = check_trainer(trainer)
+    arm.record.trainer = type(trainer).__name__
+    host.evaluator.check(trainer)
+    arm.record.why_unfused = host.join(arm, model, trainer.args)
+    arm.record.fused = not arm.record.why_unfused
+    for noisy in (PrinterCallback, ProgressCallback):
+        trainer.remove_callback(noisy)
+    if trainer.args.output_dir == "trainer_output":
+        trainer.args.output_dir = str(host.folder(arm.number) / "trainer")
+    callback = ChunkCallback(arm, trainer, host)
+    trainer.add_callback(callback)
+    seam = seams.Seam(
+        trainer,
+        model,
+        submit=lambda request: host.submit(arm, request),
+        pace=callback.pace,
+        fused=arm.record.fused,
+        joint_head=host.joint_head,
+    )
+    arm.walks = CheapWalks(model)
+    seam.open()
+    try:
+        trainer.train()
+    finally:
+        seam.close()
+        arm.walks.close()
+        arm.record.log_history = list(trainer.state.log_history)
+        host.part(arm)
+    for note in seam.notes:
+        logger.info("Trial %d: %s.", arm.number, note)
+
+
+def save(arm: Arm, model: PeftModel, folder: Path) -> None:
+    """Save the adapter in PEFT's layout."""
+    folder.mkdir(parents=True, exist_ok=True)
+    model.save_pretrained(str(folder))
+    arm.record.adapter = str(folder)
+
+
+def check_trainer(trainer: Any) -> PeftModel:
+    """The trainer's adapter model, or an error that says what is wrong with it."""
+    if not isinstance(trainer, Trainer):
+        got = "nothing" if trainer is None else f"a {type(trainer).__name__}"
+        raise TypeError(f"The objective must build and return a trainer (SFTTrainer, DPOTrainer), got {got}.")
+    model = seams.adapter_model(trainer)
+    if model is None:
+        raise ValueError(
+            "The trainer trains the whole model: full fine-tuning can't share a base. "
+            "Pass `peft_config=LoraConfig(...)` to it."
+        )
+    return model
+
+
+def _boundaries(trainer: Trainer, max_steps: int, chunks: int) -> tuple[int, ...]:
+    args = trainer.args
+    per_step = args.per_device_train_batch_size * args.gradient_accumulation_steps
+    dataset = trainer.train_dataset
+    examples = len(dataset) if hasattr(dataset, "__len__") else per_step * max_steps
+    if args.dataloader_drop_last:
+        examples -= examples % args.per_device_train_batch_size
+    return chunk_boundaries(max(1, examples), per_step, max_steps, chunks)

@@ -1,0 +1,142 @@
+"""Policies inside Optuna: `PolicyPruner` for any study, and policies by name for the command line."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+from difflib import get_close_matches
+
+import optuna
+
+import rapidfire_policies
+from rapidfire_automl.histories import history_from_study
+from rapidfire_policies import Policy, Verdict
+
+
+class PolicyPruner(optuna.pruners.BasePruner):
+    """Prune by a policy, in any Optuna study.
+
+    Under `RapidFireExecutor` the pruner only carries the policy: the executor asks `policy.decide` once a round, with
+    per-example scores and costs in the history. In a plain Optuna loop, report after every chunk and ask
+    `trial.should_prune()` each time; the policy then sees every trial of the study, running ones included
+    (`rapidfire_automl.histories.history_from_study`). There only STOP prunes: a paused trial could not be resumed, so
+    PAUSE trains on, and COMPLETE trains on too, since Optuna would file a trial that ends here under its pruned ones,
+    where `study.best_trial` cannot find it.
+
+    Args:
+        policy: The policy, e.g. `ASHA()`.
+        chunks: Reports of a whole trial; policies that plan for the end need it. By default the study's attribute
+            "rapidfire:chunks", else what complete trials have reported.
+
+    Raises:
+        ValueError: `policy` is no policy, `chunks` is below 1, or (when asked) the study has several objectives.
+
+    >>> import optuna
+    >>> from rapidfire_policies import ASHA
+    >>> optuna.logging.set_verbosity(optuna.logging.WARNING)
+    >>> def objective(trial):
+    ...     x = trial.suggest_float("x", -1.0, 1.0)
+    ...     for chunk in range(1, 10):
+    ...         trial.report(x * x + 1.0 / chunk, step=chunk)
+    ...         if trial.should_prune():
+    ...             raise optuna.TrialPruned
+    ...     return x * x
+    >>> study = optuna.create_study(
+    ...     sampler=optuna.samplers.RandomSampler(seed=0), pruner=PolicyPruner(ASHA(), chunks=9)
+    ... )
+    >>> study.optimize(objective, n_trials=20)
+    >>> sum(trial.state.name == "PRUNED" for trial in study.trials) > 10
+    True
+    """
+
+    def __init__(self, policy: Policy, *, chunks: int | None = None) -> None:
+        if not isinstance(policy, Policy):
+            fix = f"Write `{policy.__name__}()`." if inspect.isclass(policy) else "Use policy_from_name for a name."
+            raise ValueError(f"`policy` must be a rapidfire_policies.Policy, got {policy!r}. {fix}")
+        if chunks is not None and (isinstance(chunks, bool) or not isinstance(chunks, int) or chunks < 1):
+            raise ValueError(f"`chunks` must be an integer >= 1, got {chunks!r}. It is the reports of a whole trial.")
+        self.policy = policy
+        self.chunks = chunks
+
+    def __repr__(self) -> str:
+        return f"PolicyPruner({self.policy!r}, chunks={self.chunks})"
+
+    def prune(self, study: optuna.Study, trial: optuna.trial.FrozenTrial) -> bool:
+        """Whether the policy stops the trial, given all that the study's trials have reported so far."""
+        decision = self.policy.decide(history_from_study(study, chunks=self.chunks)).get(trial.number)
+        return decision is not None and decision.verdict is Verdict.STOP
+
+
+def policy_names() -> dict[str, type[Policy]]:
+    """The exported policies by the name the command line uses, e.g. "asha" for `ASHA`."""
+    exported = {name: getattr(rapidfire_policies, name) for name in rapidfire_policies.__all__}
+    return {
+        _plain(name): value
+        for name, value in exported.items()
+        if inspect.isclass(value) and issubclass(value, Policy) and not inspect.isabstract(value)
+    }
+
+
+def policy_from_name(name: str, **arguments: object) -> Policy:
+    """Build a policy from its name and hyperparameters.
+
+    Args:
+        name: An exported policy, whatever its case and underscores ("asha", "nop"), or "package.module:Class".
+        arguments: The policy's hyperparameters.
+
+    Raises:
+        ValueError: There is no such policy or hyperparameter (the message names the nearest), or the value is bad.
+
+    >>> policy_from_name("asha", reduction_factor=2)
+    ASHA(min_resource=1, reduction_factor=2)
+    >>> policy_from_name("ahsa")
+    Traceback (most recent call last):
+        ...
+    ValueError: `policy` must be one of asha, median, nop or "package.module:Class", got 'ahsa'. Did you mean `asha`?
+    """
+    cls = _load(name) if ":" in name else policy_names().get(_plain(name))
+    if cls is None:
+        names = list(policy_names())
+        raise ValueError(
+            f'`policy` must be one of {", ".join(names)} or "package.module:Class", got {name!r}.'
+            + _did_you_mean(name, names)
+        )
+    accepted = inspect.signature(cls).parameters
+    for argument in arguments:
+        if argument not in accepted:
+            raise ValueError(
+                f"`{argument}` is no argument of {cls.__name__}.{_did_you_mean(argument, list(accepted))} "
+                f"It takes: {', '.join(accepted) or 'none'}."
+            )
+    try:
+        return cls(**arguments)
+    except TypeError as error:
+        raise ValueError(f"{cls.__name__} cannot be built from {arguments}: {error}.") from error
+
+
+def _load(name: str) -> type[Policy]:
+    module_name, _, class_name = name.partition(":")
+    try:
+        module = importlib.import_module(module_name)
+    except (ImportError, ValueError, TypeError) as error:
+        raise ValueError(f"`policy` {name!r} cannot be imported: {error}.") from error
+    cls = getattr(module, class_name, None)
+    if cls is None:
+        policies = [key for key, value in vars(module).items() if inspect.isclass(value) and issubclass(value, Policy)]
+        nearest = _did_you_mean(class_name, policies)
+        raise ValueError(f"`policy` {name!r} is unknown: {module_name} has no {class_name!r}.{nearest}")
+    if not inspect.isclass(cls) or not issubclass(cls, Policy) or inspect.isabstract(cls):
+        raise ValueError(
+            f"`policy` {name!r} is no policy. It must be a subclass of rapidfire_policies.Policy with a `decide`."
+        )
+    return cls
+
+
+def _plain(name: str) -> str:
+    return name.lower().replace("_", "").replace("-", "")
+
+
+def _did_you_mean(word: str, words: list[str]) -> str:
+    plain = {_plain(candidate): candidate for candidate in words}
+    nearest = get_close_matches(_plain(word), plain, n=1, cutoff=0.5)
+    return f" Did you mean `{plain[nearest[0]]}`?" if nearest else ""

@@ -1,0 +1,308 @@
+"""Every exported policy passes the contract, and every check of the contract can fail."""
+
+from __future__ import annotations
+
+import math
+import os
+import random
+import subprocess
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+import rapidfire_policies
+from rapidfire_policies import ASHA, Decision, History, Median, Nop, Policy, TrialHistory, Verdict, testing
+from rapidfire_policies.survivors import keep_one
+
+EXPORTED = [
+    exported
+    for name in rapidfire_policies.__all__
+    if isinstance(exported := getattr(rapidfire_policies, name), type)
+    and issubclass(exported, Policy)
+    and exported is not Policy
+]
+PACKAGES = str(Path(rapidfire_policies.__file__).parents[1])
+CONFIGURED = [ASHA(reduction_factor=2), ASHA(min_resource=2, reduction_factor=4), Nop()]
+
+
+@pytest.mark.parametrize("check", testing.CHECKS, ids=lambda check: check.__name__)
+@pytest.mark.parametrize("policy", [*(cls() for cls in EXPORTED), *CONFIGURED], ids=repr)
+@pytest.mark.parametrize("seed", [0, 1])
+def test_exported_policies_keep_the_contract(policy: Policy, check: Callable[..., None], seed: int) -> None:
+    check(policy, seed=seed)
+
+
+def test_policies_need_neither_torch_nor_optuna_nor_the_library() -> None:
+    code = (
+        "import sys, rapidfire_policies, rapidfire_policies.testing\n"
+        "assert not {'torch', 'optuna', 'rapidfire_automl'} & set(sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, env={**os.environ, "PYTHONPATH": PACKAGES})
+
+
+def test_everything_exported_exists_and_policies_are_among_it() -> None:
+    assert set(EXPORTED) == {ASHA, Median, Nop}
+    assert sorted(rapidfire_policies.__all__) == rapidfire_policies.__all__
+    for check in vars(testing).values():
+        is_check = callable(check) and getattr(check, "__name__", "").startswith("check_")
+        assert not is_check or check in (*testing.CHECKS, testing.check_policy)
+
+
+@dataclass(frozen=True)
+class Base(Policy):
+    """Stops the worse half of the running trials of each resource, by value; right, so each child breaks one clause."""
+
+    def decide(self, history: History) -> Mapping[int, Decision]:
+        decisions = {}
+        for trial in history.running:
+            peers = sorted(self.key(t) for t in history.running if t.resource == trial.resource)
+            better = trial.resource == 0 or peers.index(self.key(trial)) < max(1, len(peers) // 2)
+            better = better and (trial.resource == 0 or math.isfinite(trial.values[-1]))
+            decisions[trial.number] = Decision(Verdict.CONTINUE if better else Verdict.STOP, "worse half")
+        return keep_one(history, decisions)
+
+    def key(self, trial: TrialHistory) -> tuple[object, ...]:
+        if not trial.values:
+            return (True, 0.0, trial.number)
+        finite = math.isfinite(trial.values[-1])
+        return (not finite, trial.values[-1] if finite else 0.0, trial.number)
+
+
+def test_the_base_of_the_broken_ones_is_sound() -> None:
+    testing.check_policy(Base())
+
+
+@dataclass(frozen=True)
+class ReturnsAList(Base):
+    def decide(self, history: History) -> Any:
+        return list(super().decide(history).values())
+
+
+@dataclass(frozen=True)
+class AnswersWithABool(Base):
+    def decide(self, history: History) -> Any:
+        return {number: decision.verdict is Verdict.STOP for number, decision in super().decide(history).items()}
+
+
+@dataclass(frozen=True)
+class Chokes(Base):
+    def decide(self, history: History) -> Mapping[int, Decision]:
+        return {trial.number: Decision(Verdict.CONTINUE, str(trial.params["lora_r"])) for trial in history.trials}
+
+
+@dataclass(frozen=True)
+class InventsATrial(Base):
+    def decide(self, history: History) -> Mapping[int, Decision]:
+        return {**super().decide(history), 10_000: Decision(Verdict.CONTINUE)}
+
+
+@dataclass(frozen=True)
+class GivesNoReason(Base):
+    def decide(self, history: History) -> Mapping[int, Decision]:
+        return {number: Decision(decision.verdict) for number, decision in super().decide(history).items()}
+
+
+@dataclass(frozen=True)
+class ReasonsInParagraphs(Base):
+    def decide(self, history: History) -> Mapping[int, Decision]:
+        return {number: Decision(decision.verdict, "a\nb") for number, decision in super().decide(history).items()}
+
+
+@dataclass(frozen=True)
+class StopsTheUnseen(Base):
+    def decide(self, history: History) -> Mapping[int, Decision]:
+        unseen = {trial.number: Decision(Verdict.STOP, "slow") for trial in history.running if not trial.values}
+        return {**super().decide(history), **unseen}
+
+
+@dataclass(frozen=True)
+class DecidesOnNothing(Base):
+    def decide(self, history: History) -> Mapping[int, Decision]:
+        return super().decide(history) or ({0: Decision(Verdict.CONTINUE)} if not history.trials else {})
+
+
+@dataclass(frozen=True)
+class Remembers(Base):
+    seen: list[int] = field(default_factory=list, compare=False)
+
+    def decide(self, history: History) -> Mapping[int, Decision]:
+        self.seen.append(len(history.trials))
+        return super().decide(history) if len(self.seen) % 7 else {}
+
+
+@dataclass(frozen=True)
+class TossesNumPysCoin(Base):
+    def decide(self, history: History) -> Mapping[int, Decision]:
+        np.random.random()  # noqa: NPY002
+        return super().decide(history)
+
+
+@dataclass(frozen=True)
+class TossesPythonsCoin(Base):
+    def decide(self, history: History) -> Mapping[int, Decision]:
+        random.random()
+        return super().decide(history)
+
+
+@dataclass(frozen=True)
+class SortsScoresInPlace(Base):
+    def decide(self, history: History) -> Mapping[int, Decision]:
+        for trial in history.trials:
+            for scores in trial.scores:
+                scores.sort()
+        return super().decide(history)
+
+
+@dataclass(frozen=True)
+class WritesParams(Base):
+    def decide(self, history: History) -> Mapping[int, Decision]:
+        for trial in history.trials:
+            trial.params["seen"] = True  # type: ignore[index]
+        return super().decide(history)
+
+
+@dataclass(frozen=True)
+class FavoursTheFirstListed(Base):
+    def decide(self, history: History) -> Mapping[int, Decision]:
+        decisions = dict(super().decide(history))
+        if history.running:
+            first = next(trial for trial in history.trials if trial in history.running)
+            decisions[first.number] = Decision(Verdict.CONTINUE, "came first")
+        return decisions
+
+
+@dataclass(frozen=True)
+class FavoursEvenNumbers(Base):
+    def decide(self, history: History) -> Mapping[int, Decision]:
+        return {
+            number: decision if number % 2 else Decision(Verdict.CONTINUE, "even")
+            for number, decision in super().decide(history).items()
+        }
+
+
+@dataclass(frozen=True)
+class BelievesMinusInfinity(Base):
+    """The bare comparison of floats: -inf wins, and NaN lands wherever sorting leaves it."""
+
+    def decide(self, history: History) -> Mapping[int, Decision]:
+        decisions = {}
+        for trial in history.running:
+            values = [t.values[-1] for t in history.running if t.resource == trial.resource and t.values]
+            stop = bool(values) and trial.values[-1] > min(values)
+            decisions[trial.number] = Decision(Verdict.STOP if stop else Verdict.CONTINUE, "not the best")
+        return decisions
+
+
+@dataclass(frozen=True)
+class CompletesTheDiverged(Base):
+    def decide(self, history: History) -> Mapping[int, Decision]:
+        diverged = [t for t in history.running if t.values and not math.isfinite(t.values[-1])]
+        return {**super().decide(history), **{t.number: Decision(Verdict.COMPLETE, "done") for t in diverged}}
+
+
+@dataclass(frozen=True)
+class StopsBothOfAPair(Base):
+    """Stops whatever is not strictly better than all others: equal trials kill one another."""
+
+    def decide(self, history: History) -> Mapping[int, Decision]:
+        decisions = {}
+        for trial in history.running:
+            others = [t.values for t in history.running if t is not trial and t.resource == trial.resource]
+            stop = any(trial.values and not trial.values[-1] < other[-1] for other in others)
+            decisions[trial.number] = Decision(Verdict.STOP if stop else Verdict.CONTINUE, "not better")
+        return decisions
+
+
+@dataclass(frozen=True)
+class BreaksTiesByPosition(Base):
+    def decide(self, history: History) -> Mapping[int, Decision]:
+        running = [trial for trial in history.trials if trial.is_live and trial.values]
+        best = min(running, key=lambda trial: trial.values[-1], default=None)
+        return {
+            trial.number: Decision(Verdict.CONTINUE if trial is best else Verdict.STOP, "not the best")
+            for trial in running
+        }
+
+
+@dataclass(frozen=True)
+class StopsEveryoneAboveZero(Base):
+    """An absolute threshold, sound in itself, that can end the search with nothing to hand over."""
+
+    def decide(self, history: History) -> Mapping[int, Decision]:
+        return {
+            trial.number: Decision(Verdict.STOP, "above zero")
+            for trial in history.trials
+            if trial.is_live and trial.values and not trial.values[-1] <= 0
+        }
+
+
+@dataclass(frozen=True)
+class HoldsALambda(Base):
+    rule: Callable[[], int] = field(default=lambda: 1)
+
+
+@dataclass(frozen=True)
+class ForgetsWhenPickled(Base):
+    strict: bool = True
+
+    def decide(self, history: History) -> Mapping[int, Decision]:
+        return super().decide(history) if self.strict else {}
+
+    def __setstate__(self, state: dict[str, object]) -> None:
+        object.__setattr__(self, "strict", False)
+
+
+@pytest.mark.parametrize(
+    ("check", "broken", "message"),
+    [
+        (testing.check_answers, ReturnsAList(), "returns list, not a mapping"),
+        (testing.check_answers, AnswersWithABool(), "no Decision with a Verdict"),
+        (testing.check_answers, Chokes(), "raises KeyError: 'lora_r'"),
+        (testing.check_answers, InventsATrial(), "trial 10000, which is unknown"),
+        (testing.check_answers, GivesNoReason(), "without a reason"),
+        (testing.check_answers, ReasonsInParagraphs(), "several lines"),
+        (testing.check_answers, StopsTheUnseen(), "no value yet"),
+        (testing.check_empty, DecidesOnNothing(), "empty history"),
+        (testing.check_pure, Remembers(), "is not pure"),
+        (testing.check_pure, TossesNumPysCoin(), "global random generator"),
+        (testing.check_pure, TossesPythonsCoin(), "global random generator"),
+        (testing.check_input_untouched, SortsScoresInPlace(), "changes its input"),
+        (testing.check_input_untouched, WritesParams(), "changes its input"),
+        (testing.check_order_invariant, FavoursTheFirstListed(), "depends on the order of trials"),
+        (testing.check_relabel_stable, FavoursEvenNumbers(), "depends on trial numbers without a tie"),
+        (testing.check_non_finite, BelievesMinusInfinity(), "over trial"),
+        (testing.check_non_finite, CompletesTheDiverged(), "completes trial"),
+        (testing.check_ties, StopsBothOfAPair(), "stops every one of equal trials"),
+        (testing.check_ties, BreaksTiesByPosition(), "by the order in which trials are listed"),
+        (testing.check_survivor, StopsEveryoneAboveZero(), "stops the last finite trial"),
+        (testing.check_pickle, HoldsALambda(), "cannot be pickled"),
+        (testing.check_pickle, ForgetsWhenPickled(), "its pickled copy does not"),
+    ],
+    ids=lambda value: type(value).__name__ if isinstance(value, Policy) else None,
+)
+def test_every_check_can_fail(check: Callable[..., None], broken: Policy, message: str) -> None:
+    with pytest.raises(AssertionError, match=message):
+        check(broken)
+    with pytest.raises(AssertionError):
+        testing.check_policy(broken)
+
+
+def test_every_check_has_a_broken_policy() -> None:
+    [mark] = test_every_check_can_fail.pytestmark
+    assert {row[0] for row in mark.args[1]} == set(testing.CHECKS)
+
+
+def test_the_drawn_histories_hold_what_the_contract_is_about() -> None:
+    histories = list(testing.draw_histories(0))
+    values = [value for history in histories for trial in history.trials for value in trial.values]
+    for kind in (math.isnan, lambda value: value == math.inf, lambda value: value == -math.inf):
+        assert sum(map(kind, values)) > 100
+    cohorts = [history for history in histories if len({trial.resource for trial in history.trials}) == 1]
+    assert 20 < len(cohorts) < len(histories) - 20
+    assert any(not trial.values for history in histories for trial in history.trials)
+    assert repr(list(testing.draw_histories(0))) == repr(histories) != repr(list(testing.draw_histories(1)))
