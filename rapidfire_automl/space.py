@@ -278,16 +278,6 @@ def is_concrete(value: Any) -> bool:
     return next(_walk(value, ()), None) is None
 
 
-def dotted(path: Path) -> str:
-    """A path for people, e.g. `peft_config.r`."""
-    return _dotted(path, "config")
-
-
-def nodes(value: Any) -> Iterator[tuple[Path, List | Range]]:
-    """Every `List` and `Range` in a value with the way to it, those within members of a `List` included."""
-    return _walk(value, ())
-
-
 def _walk(value: Any, path: Path) -> Iterator[tuple[Path, List | Range]]:
     if isinstance(value, (List, Range)):
         yield path, value
@@ -353,21 +343,33 @@ def _last_step(name: str) -> str:
 
 def _labels(values: tuple[Any, ...]) -> tuple[str, ...]:
     """A short text per value, all different; values with fields are told apart by those in which they differ."""
-    fields = [dict(_children(value)) if isinstance(value, (Searchable, Mapping)) else None for value in values]
-    known = [f for f in fields if f is not None]
+    fields = [_leaves(value) if isinstance(value, (Searchable, Mapping)) else None for value in values]
+    known = [own for own in fields if own is not None]
     same = {
-        name
-        for name in (known[0] if len(known) > 1 else ())
-        if all(name in f and _label(f[name]) == _label(known[0][name]) for f in known)
+        name for name, text in (known[0].items() if len(known) > 1 else ()) if all(f.get(name) == text for f in known)
     }
-    texts = [
-        _label(value) if own is None else " ".join(f"{k}={_label(v)}" for k, v in own.items() if k not in same) or "{}"
-        for value, own in zip(values, fields, strict=True)
-    ]
-    texts = [text if len(text) <= _LABEL_LENGTH else f"{text[: _LABEL_LENGTH - 3]}..." for text in texts]
+    shown = {name for own in known for name in own if name not in same}
+    last_steps = [_last_step(name) for name in shown]
+    texts = []
+    for value, own in zip(values, fields, strict=True):
+        parts = {} if own is None else {name: text for name, text in own.items() if name in shown}
+        short = {n: _last_step(n) if last_steps.count(_last_step(n)) == 1 else n for n in parts}
+        text = _label(value) if own is None else " ".join(f"{short[n]}={part}" for n, part in parts.items()) or "{}"
+        texts.append(text if len(text) <= _LABEL_LENGTH else f"{text[: _LABEL_LENGTH - 3]}...")
     if len(set(texts)) < len(texts):
         texts = [f"{index}: {text}" for index, text in enumerate(texts)]
     return tuple(texts)
+
+
+def _leaves(value: Any, prefix: str = "") -> dict[str, str]:
+    """Dotted name -> text of everything in nested fields."""
+    leaves: dict[str, str] = {}
+    for name, child in _children(value).items():
+        if isinstance(child, (Searchable, Mapping)) and _children(child):
+            leaves |= _leaves(child, f"{prefix}{name}.")
+        else:
+            leaves[f"{prefix}{name}"] = _label(child)
+    return leaves
 
 
 def _label(value: Any) -> str:
