@@ -9,6 +9,7 @@ from typing import Any
 
 from rich.text import Text
 
+from rapidfire_automl.caches import cache_folder
 from rapidfire_automl.cli.run import Debug, Json, NTrials, Out, Quiet, Set, search, shorthands
 from rapidfire_automl.cli.terminal import Terminal
 from rapidfire_automl.cli.view import against, number
@@ -47,7 +48,7 @@ def prepare(folder: Path, terminal: Terminal, overrides: list[str], n_trials: in
     """Convert the base where that was not done yet, write the data, and fill their paths in."""
     from rapidfire_automl import demo as material
 
-    terminal.say(f"Base and data ({material.cache_folder()})...", "dim")
+    terminal.say(f"Base and data ({cache_folder()})...", "dim")
     base = material.base_path()
     train, held_out = material.write_data(folder, TRAIN, HELD_OUT, DATA_SEED)
     paths = [f"base.model='{base}'", f"data.train='{train}'", f"data.eval='{held_out}'"]
