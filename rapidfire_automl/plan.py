@@ -105,16 +105,15 @@ class Plan:
             raise ValueError(f"`plan` must be a recorded plan (plan.json), could not read {path}: {error}.") from error
 
 
-def choose(measured: Sequence[tuple[int, float]], *, tolerance: float = 0.03) -> Plan:
+def choose(measured: Sequence[tuple[int, float]], *, tolerance: float = 0.05) -> Plan:
     """The plan that a calibration speaks for.
 
-    A pass of one trial's size is compared with larger ones: the budget is the largest size whose throughput is within
-    `tolerance` of the best; where the smallest size is already the best, fusing gains nothing and each trial gets a
-    pass of its own.
+    The budget is the smallest pass whose throughput is within `tolerance` of the best: what is larger costs memory and
+    gains nothing. Where the smallest size is that one, fusing gains nothing and each trial gets a pass of its own.
 
     Args:
-        measured: Pass size in tokens and tokens a second, by size.
-        tolerance: Loss of throughput to accept for fewer passes.
+        measured: Pass size in tokens and tokens a second.
+        tolerance: Loss of throughput to accept for a smaller pass.
 
     Returns:
         The plan.
@@ -122,9 +121,8 @@ def choose(measured: Sequence[tuple[int, float]], *, tolerance: float = 0.03) ->
     if not measured:
         return Plan(reason="not calibrated")
     best = max(rate for _, rate in measured)
-    budget = max(size for size, rate in measured if rate >= (1 - tolerance) * best)
+    budget = min(size for size, rate in measured if rate >= (1 - tolerance) * best)
     smallest, rate = min(measured)
-    gain = best / rate
     if budget == smallest:
         return Plan(
             budget_tokens=budget,
@@ -132,12 +130,12 @@ def choose(measured: Sequence[tuple[int, float]], *, tolerance: float = 0.03) ->
             reason=f"passes of {smallest} tokens already fill the machine ({rate:.0f} tokens/s): one trial per pass",
             tokens_per_s=tuple(measured),
         )
-    at_the_end = budget == max(size for size, _ in measured)
+    largest = max(size for size, _ in measured)
     return Plan(
         budget_tokens=budget,
         reason=(
-            f"passes of up to {budget} tokens: {gain:.1f}x the throughput of {smallest}-token passes"
-            + (" (the largest size measured)" if at_the_end else "")
+            f"passes of {budget} tokens have {best / rate:.1f}x the throughput of {smallest}-token ones"
+            + (" (the largest size measured)" if budget == largest else ", larger ones gain no more")
         ),
         tokens_per_s=tuple(measured),
     )

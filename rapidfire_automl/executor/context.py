@@ -60,11 +60,11 @@ class Generators:
 
     def enter(self) -> None:
         """Put these states in force."""
-        torch.set_rng_state(self.torch_state)  # noqa: TID251
+        torch.set_rng_state(self.torch_state)
         if self._cuda is not None:
             torch.cuda.set_rng_state_all(self._cuda)
         np.random.set_state(self._numpy)  # noqa: NPY002
-        random.setstate(self._python)  # noqa: TID251
+        random.setstate(self._python)
 
 
 def _index(device: torch.device) -> int:
