@@ -28,12 +28,13 @@ from rapidfire_automl.events import Event, Listener
 from rapidfire_automl.executor import rounds, seams, training
 from rapidfire_automl.executor.arguments import check as check_arguments
 from rapidfire_automl.executor.arm import Arm, Leave
-from rapidfire_automl.executor.base import Base
+from rapidfire_automl.executor.base import Base, BaseChanged
 from rapidfire_automl.executor.conductor import Conductor
 from rapidfire_automl.executor.context import TrialContext
 from rapidfire_automl.executor.evaluation import Evaluator, Measured, Metric
 from rapidfire_automl.executor.loading import ModelLike, load_base, load_tokenizer
 from rapidfire_automl.executor.planner import plan_for
+from rapidfire_automl.executor.requests import Forward
 from rapidfire_automl.executor.sources import Arrivals, Asking
 from rapidfire_automl.plan import Plan
 from rapidfire_automl.records import TrialRecord
@@ -237,10 +238,11 @@ class RapidFireExecutor:
             raise ValueError(f"`n_trials` must be an integer >= 1, got {n_trials!r}.")
         self._begin(study)
         build = getattr(objective, "__wrapped__", objective)
+        self._stopping, self._error = False, None
+        if self._conductor is not None:
+            self._conductor.renew()
         self._open(serving=False)
         assert self._conductor is not None
-        self._conductor.renew()
-        self._stopping, self._error = False, None
         threads: dict[int, threading.Thread] = {}
         outcomes: dict[int, Outcome] = {}
         mine: list[int] = []
@@ -454,6 +456,8 @@ class RapidFireExecutor:
             kind, reason = "pruned", str(pruned)
         except BaseException as error:
             reason = arm.record.error = f"{type(error).__name__}: {error}"
+            if isinstance(error, BaseChanged) and not error.repaired:
+                self._mend_base(arm)
             logger.warning("Trial %d failed. %s", arm.number, reason)
             logger.debug("%s", traceback.format_exc())
             arm.trial.set_user_attr("rapidfire:error", reason)
@@ -505,6 +509,17 @@ class RapidFireExecutor:
         arm.trial.set_user_attr("rapidfire:adapter", arm.record.adapter)
         return "complete", value, reason
 
+    def _mend_base(self, arm: Arm) -> None:
+        """A trial wrote into the base: load it again, or end the search where that is not possible."""
+        conductor, base = self._conductor, self._base
+        assert conductor is not None
+        assert base is not None
+        if isinstance(self._model_like, PreTrainedModel):
+            self._error = RuntimeError(f"The search was ended by trial {arm.number}. {arm.record.error}")
+            conductor.cancel()
+        else:
+            base.restore(load_base(self._model_like, self._dtype, self._device))
+
     def _host(self, base: Base, conductor: Conductor) -> training.Host:
         def take_base() -> bool:
             taken, self._base_taken = self._base_taken, True
@@ -517,8 +532,13 @@ class RapidFireExecutor:
             self.base_value, self.base_scores = measured.value, measured.scores
             self._tell("base_evaluated", None, value=measured.value)
 
+        def submit(arm: Arm, request: Any) -> Any:
+            if not isinstance(request, Forward):  # whoever wrote to the base is still at work here
+                base.check(repair=True)
+            return conductor.submit(arm, request)
+
         return training.Host(
-            submit=conductor.submit,
+            submit=submit,
             join=base.join,
             part=base.part,
             evaluator=self._evaluator,

@@ -182,6 +182,7 @@ def search(
     objective: Callable[[RapidFireExecutor], Callable[[optuna.Trial], Any]] = by_lr,
     threads: bool = False,
     n_trials: int | None = None,
+    prepare: Callable[[RapidFireExecutor], None] = lambda executor: None,
     **given: Any,
 ) -> Done:
     """Run a search to its end.
@@ -193,6 +194,7 @@ def search(
         objective: Makes the objective of an executor.
         threads: `study.optimize` instead of `executor.optimize`.
         n_trials: As many as `lrs` by default.
+        prepare: Called with the open executor before the search.
         given: For the executor.
     """
     events: list[Event] = []
@@ -200,6 +202,7 @@ def search(
     study = study or study_of(lrs, policy)
     count = n_trials or len(lrs)
     with executor:
+        prepare(executor)
         if threads:
             study.optimize(objective(executor), n_trials=count, n_jobs=executor.n_jobs)
         else:
