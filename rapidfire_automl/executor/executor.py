@@ -549,7 +549,10 @@ class RapidFireExecutor:
             data=data,
         )
         for listener in self._listeners:
-            listener(event)
+            try:
+                listener(event)
+            except Exception:
+                logger.exception("A listener failed on %s; the search goes on.", event.kind)
 
     def _clock(self) -> float:
         return time.perf_counter() - self._born_s
