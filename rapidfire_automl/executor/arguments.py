@@ -15,7 +15,17 @@ METRICS = ("nll", "preference_loss", "preference_accuracy", "reward_margin")
 """The built-in metrics' names."""
 
 
-def check(*, model: Any, tokenizer: Any, metric: Any, plan: Any, dtype: Any, device: Any, **numbers: Any) -> None:
+def check(
+    *,
+    model: Any,
+    tokenizer: Any,
+    metric: Any,
+    plan: Any,
+    listeners: Any,
+    dtype: Any,
+    device: Any,
+    **numbers: Any,
+) -> None:
     """Raise ValueError if an argument of `RapidFireExecutor` is out of range.
 
     Args:
@@ -23,6 +33,7 @@ def check(*, model: Any, tokenizer: Any, metric: Any, plan: Any, dtype: Any, dev
         tokenizer: Or None.
         metric: Name, function or None.
         plan: A plan, its path, or None.
+        listeners: Functions.
         dtype: Of the base.
         device: Of the base, or None.
         numbers: Integers; `seed` and `max_paused` may be 0.
@@ -36,6 +47,9 @@ def check(*, model: Any, tokenizer: Any, metric: Any, plan: Any, dtype: Any, dev
         raise ValueError(f"`metric` must be a function or one of {', '.join(METRICS)}, got {metric!r}.")
     if not (plan is None or isinstance(plan, (Plan, str, os.PathLike))):
         raise ValueError(f"`plan` must be a Plan, the path of a recorded one or None, got {plan!r}.")
+    for listener in listeners:
+        if not callable(listener):
+            raise ValueError(f"`listeners` must be functions, got {listener!r:.80}.")
     named = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
     if dtype != "auto" and not isinstance(named, torch.dtype):
         raise ValueError(f"`dtype` must be 'auto', a torch.dtype or its name such as 'bfloat16', got {dtype!r}.")

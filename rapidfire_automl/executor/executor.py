@@ -105,6 +105,7 @@ class RapidFireExecutor:
             tokenizer=tokenizer,
             metric=metric,
             plan=plan,
+            listeners=listeners,
             dtype=dtype,
             device=device,
             slots=slots,
@@ -230,12 +231,14 @@ class RapidFireExecutor:
             timeout_s: No trial is asked for after so many seconds; those that run go on.
 
         Raises:
-            ValueError: `n_trials` is below 1, or the study has several objectives.
+            ValueError: `n_trials` is below 1, `objective` is no function, or the study has several objectives.
             RuntimeError: Every trial failed; the message has the first error.
             KeyboardInterrupt: Ctrl-C; finished trials are in the study.
         """
         if isinstance(n_trials, bool) or not isinstance(n_trials, int) or n_trials < 1:
             raise ValueError(f"`n_trials` must be an integer >= 1, got {n_trials!r}.")
+        if not callable(objective):
+            raise ValueError(f"`objective` must be a function that builds a trainer, got {objective!r:.80}.")
         self._begin(study)
         build = getattr(objective, "__wrapped__", objective)
         self._stopping, self._error = False, None
@@ -595,8 +598,8 @@ class RapidFireExecutor:
         for listener in self._listeners:
             try:
                 listener(event)
-            except Exception as error:
-                logger.warning("A listener failed at %r. %s: %s", kind, type(error).__name__, error)
+            except Exception:
+                logger.exception("A listener failed on %s; the search goes on.", event.kind)
 
     def _clock(self) -> float:
         return time.perf_counter() - self._born_s

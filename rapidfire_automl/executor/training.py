@@ -189,6 +189,10 @@ def check_trainer(trainer: Any) -> PeftModel:
             "The trainer trains the whole model: full fine-tuning can't share a base. "
             "Pass `peft_config=LoraConfig(...)` to it."
         )
+    if isinstance(trainer.args.learning_rate, str):
+        raise ValueError(f"`learning_rate` must be a number, got {trainer.args.learning_rate!r}. Leave out the quotes.")
+    if hasattr(trainer.train_dataset, "__len__") and not len(trainer.train_dataset):
+        raise ValueError("`train_dataset` must not be empty.")
     return model
 
 
