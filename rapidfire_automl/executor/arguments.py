@@ -69,3 +69,11 @@ def _check_model(model: Any, tokenizer: Any) -> None:
         raise ValueError(f"`model` must be a hub id, a path or a model, got {os.fspath(model)!r}: no such folder.")
     if tokenizer is not None and not isinstance(tokenizer, PreTrainedTokenizerBase):
         raise ValueError(f"`tokenizer` must be a transformers tokenizer, got {tokenizer!r:.80}.")
+
+
+def check_search(objective: Any, n_trials: Any) -> None:
+    """Raise ValueError if an argument of `RapidFireExecutor.optimize` is out of range."""
+    if isinstance(n_trials, bool) or not isinstance(n_trials, int) or n_trials < 1:
+        raise ValueError(f"`n_trials` must be an integer >= 1, got {n_trials!r}.")
+    if not callable(objective):
+        raise ValueError(f"`objective` must be a function that builds a trainer, got {objective!r:.80}.")

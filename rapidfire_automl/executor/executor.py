@@ -27,6 +27,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from rapidfire_automl.events import Event, Listener
 from rapidfire_automl.executor import rounds, seams, training
 from rapidfire_automl.executor.arguments import check as check_arguments
+from rapidfire_automl.executor.arguments import check_search
 from rapidfire_automl.executor.arm import Arm, Leave
 from rapidfire_automl.executor.base import Base, BaseChanged
 from rapidfire_automl.executor.conductor import Conductor
@@ -235,10 +236,7 @@ class RapidFireExecutor:
             RuntimeError: Every trial failed; the message has the first error.
             KeyboardInterrupt: Ctrl-C; finished trials are in the study.
         """
-        if isinstance(n_trials, bool) or not isinstance(n_trials, int) or n_trials < 1:
-            raise ValueError(f"`n_trials` must be an integer >= 1, got {n_trials!r}.")
-        if not callable(objective):
-            raise ValueError(f"`objective` must be a function that builds a trainer, got {objective!r:.80}.")
+        check_search(objective, n_trials)
         self._begin(study)
         build = getattr(objective, "__wrapped__", objective)
         self._stopping, self._error = False, None
@@ -350,6 +348,8 @@ class RapidFireExecutor:
         if error is not None and self._conductor is not None:
             self._conductor.cancel()
         self.close()
+        if error is None:  # with several jobs, Optuna drops the exceptions of the last trials
+            self._raise_error()
 
     # -- opening -----------------------------------------------------------------------------------------------------
 
@@ -416,8 +416,9 @@ class RapidFireExecutor:
         raise KeyboardInterrupt
 
     def _raise_error(self) -> None:
-        if self._error is not None:
-            raise self._error
+        error, self._error = self._error, None
+        if error is not None:
+            raise error
 
     # -- one trial, in its own thread --------------------------------------------------------------------------------
 
@@ -489,6 +490,8 @@ class RapidFireExecutor:
         trainer = None
         try:
             trainer = build(arm.trial)
+        except StopIteration as error:
+            raise ValueError("`train_dataset` must not be empty: TRL asked for its first example.") from error
         finally:
             record.params = dict(arm.trial.params)
             base.check(repair=True)

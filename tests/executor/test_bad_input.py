@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ import optuna
 import pytest
 import torch
 from datasets import Dataset
-from peft import LoraConfig, LoftQConfig, get_peft_model
+from peft import LoftQConfig, LoraConfig, get_peft_model
 from transformers import PreTrainedModel
 from trl import DPOTrainer
 
@@ -106,11 +107,9 @@ def test_n_trials(n_trials: Any) -> None:
 def test_a_study_of_several_objectives(threads: bool) -> None:
     executor = make_executor()
     study = optuna.create_study(directions=["minimize", "maximize"])
+    run = partial(study.optimize) if threads else partial(executor.optimize, study)
     with pytest.raises(ValueError, match="`study` must have one objective, got 2"):
-        if threads:
-            study.optimize(by_lr(executor), n_trials=1, n_jobs=2)
-        else:
-            executor.optimize(study, by_lr(executor), n_trials=1)
+        run(by_lr(executor), n_trials=1)
 
 
 @pytest.mark.usefixtures("no_loading")
@@ -141,9 +140,9 @@ def test_a_folder_without_a_tokenizer(tmp_path: Path) -> None:
 def test_a_model_outside_an_objective() -> None:
     executor = make_executor()
     trial = optuna.create_study().ask()
-    with pytest.raises(RuntimeError, match="`executor.model\\(trial\\)` works inside a function decorated with"):
+    with pytest.raises(RuntimeError, match=r"`executor.model\(trial\)` works inside a function decorated with"):
         executor.model(trial)
-    with executor, pytest.raises(RuntimeError, match="`executor.model\\(trial\\)` works inside"):
+    with executor, pytest.raises(RuntimeError, match=r"`executor.model\(trial\)` works inside"):
         executor.model(trial)
 
 
@@ -151,11 +150,11 @@ def test_both_ways_to_optimize_at_once() -> None:
     executor = make_executor()
     with executor:
         optuna.create_study().optimize(by_lr(executor), n_trials=1, n_jobs=2)
-        with pytest.raises(RuntimeError, match="already serves `study.optimize`"):
+        with pytest.raises(RuntimeError, match=r"already serves `study.optimize`"):
             executor.optimize(optuna.create_study(), by_lr(executor), n_trials=1)
 
 
-# -- trials that can't be trained: they fail with a reason, the others go on --------------------------------------------
+# -- trials that can't be trained: they fail with a reason, the others go on -----------------------------------------
 
 
 def beside(bad: Build, **given: Any) -> Done:
@@ -221,7 +220,7 @@ BAD: dict[str, tuple[Build, str]] = {
     ),
     "empty train_dataset": (
         lambda e, t: sft(e, t, lr=1e-3, train_dataset=EMPTY),
-        "`train_dataset` must not be empty.",
+        "`train_dataset` must not be empty",
     ),
     "fewer steps than chunks": (
         lambda e, t: sft(e, t, lr=1e-3, max_steps=2),
@@ -319,7 +318,7 @@ def test_all_trials_failing(threads: bool) -> None:
     if threads:
         search(LRS[:3], study=study, objective=objective, threads=True)
     else:
-        with pytest.raises(RuntimeError, match="All 3 trials failed. Trial 0: LookupError: no data for 0"):
+        with pytest.raises(RuntimeError, match=r"All 3 trials failed. Trial 0: LookupError: no data for 0"):
             search(LRS[:3], study=study, objective=objective)
     assert [trial.state.name for trial in study.trials] == ["FAIL"] * 3
     assert study.trials[2].user_attrs["rapidfire:error"] == "LookupError: no data for 2"
@@ -330,7 +329,7 @@ def test_one_complete_trial_is_enough() -> None:
     assert done.states() == ["FAIL", "COMPLETE"]
 
 
-# -- trials that touch the base while they train ------------------------------------------------------------------------
+# -- trials that touch the base while they train ---------------------------------------------------------------------
 
 
 def touching(touch: Callable[[Any], None], at: int = 3) -> Build:
