@@ -109,8 +109,8 @@ class Spec:
     callbacks: Sequence[Callable[[], TrainerCallback]] = ()
     data: Dataset | None = None
 
-    def build(self, model: Any, tokenizer: Any, folder: Path) -> Trainer:
-        """What a user's objective does."""
+    def build(self, model: Any, tokenizer: Any, folder: Path, *, peft: bool = True) -> Trainer:
+        """What a user's objective does; without `peft` the model has adapters already."""
         dpo = issubclass(self.trainer, DPOTrainer)
         settings = {
             "output_dir": str(folder),
@@ -131,7 +131,7 @@ class Spec:
         return self.trainer(
             model=model,
             args=(DPOConfig if dpo else SFTConfig)(**settings),
-            peft_config=LoraConfig(**(lora | dict(self.lora))),
+            peft_config=LoraConfig(**(lora | dict(self.lora))) if peft else None,
             train_dataset=self.data or (dpo_data(20) if dpo else sft_data(22)),
             eval_dataset=dpo_data(9, 1) if dpo else sft_data(9, 1),
             processing_class=tokenizer,
@@ -149,7 +149,6 @@ class Result:
         weights: The adapter.
         initial: The adapter before training.
         trainer: The trainer.
-        evaluated: `trainer.evaluate()` at the end, the oracle's only.
         record: The executor's only.
     """
 
@@ -157,7 +156,6 @@ class Result:
     weights: dict[str, torch.Tensor]
     initial: dict[str, torch.Tensor]
     trainer: Trainer
-    evaluated: dict[str, float] = field(default_factory=dict)
     record: TrialRecord | None = None
 
     @property
@@ -176,7 +174,13 @@ def train_alone(base: LlamaForCausalLM, spec: Spec, folder: Path) -> Result:
     initial = adapter_of(trainer.model)
     trainer.train()
     log = list(trainer.state.log_history)
-    return Result(log, adapter_of(trainer.model), initial, trainer, trainer.evaluate())
+    return Result(log, adapter_of(trainer.model), initial, trainer)
+
+
+def open_executor(base: LlamaForCausalLM, folder: Path, **options: Any) -> RapidFireExecutor:
+    """An executor over a copy of the base."""
+    settings = {"chunks": 2, "plan": JOINT, "tokenizer": tiny_tokenizer(), "output_dir": folder / "out"} | options
+    return RapidFireExecutor(copy.deepcopy(base), **settings)
 
 
 def train_together(
@@ -194,15 +198,7 @@ def train_together(
     allow_failures = options.pop("allow_failures", False)
     trainers: dict[int, Trainer] = {}
     initial: dict[int, dict[str, torch.Tensor]] = {}
-    executor = RapidFireExecutor(
-        copy.deepcopy(base),
-        slots=slots or len(specs),
-        chunks=chunks,
-        tokenizer=tiny_tokenizer(),
-        plan=plan,
-        output_dir=folder / "out",
-        **options,
-    )
+    executor = open_executor(base, folder, slots=slots or len(specs), chunks=chunks, plan=plan, **options)
 
     def objective(trial: optuna.Trial) -> Trainer:
         spec = specs[trial.number]
@@ -233,14 +229,15 @@ def differences(one: Sequence[Mapping[str, Any]], other: Sequence[Mapping[str, A
     """The largest relative difference of each logged quantity, over all entries.
 
     Rewards, margins and mean logits are small differences of large numbers, so they are measured in units of the
-    largest in the log; everything else in units of the very number it is compared with.
+    largest of their family in the log; everything else in units of the very number it is compared with.
     """
     assert [sorted(entry) for entry in one] == [sorted(entry) for entry in other], "the logs have other entries"
     worst: dict[str, float] = {}
     for name in {name for entry in other for name in entry if not name.endswith(("runtime", "per_second"))}:
         pairs = [(mine[name], theirs[name]) for mine, theirs in zip(one, other, strict=True) if name in theirs]
-        small = "rewards/" in name or "logits/" in name
-        unit = max(abs(expected) for _, expected in pairs) if small else 0.0
+        family = name.removeprefix("eval_").partition("/")[0]
+        kin = [abs(entry[key]) for entry in other for key in entry if key.removeprefix("eval_").startswith(family + "/")]
+        unit = max(kin) if family in ("rewards", "logits") else 0.0
         worst[name] = max(relative(value, expected, unit) for value, expected in pairs)
     return worst
 
