@@ -7,6 +7,7 @@ import random
 from collections.abc import Collection, Sequence
 from dataclasses import replace
 from functools import partial
+from itertools import combinations
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -394,3 +395,40 @@ def test_one_step_gradients_in_float64(tmp_path: Path, checkpointing: bool, monk
             assert apart <= 1e-10, (name, apart)
             worst = max(worst, apart)
     print(f"float64 gradients: {worst:.1e}")
+
+
+def distances(one: Result, other: Result) -> np.ndarray:
+    """Between two runs: losses and gradient norms over the steps (root mean square), adapters in units of their way."""
+    losses = np.array(one.losses) - np.array(other.losses)
+    norms = [np.array([entry["grad_norm"] for entry in run.log if "grad_norm" in entry]) for run in (one, other)]
+    apart = sum(float((one.weights[n] - other.weights[n]).norm() ** 2) for n in one.weights)
+    moved = sum(float((one.weights[n] - one.initial[n]).norm() ** 2) for n in one.weights)
+    return np.array([np.mean(losses**2), np.mean((norms[0] / norms[1] - 1) ** 2), apart / moved]) ** 0.5
+
+
+@pytest.mark.slow
+def test_bfloat16_differs_no_more_than_plain_trl_from_itself(tmp_path: Path) -> None:
+    """TRL's defaults (bf16, checkpointing), against the same examples in two other batch layouts of plain TRL."""
+    base = tiny_llama(torch.bfloat16)
+    common = {"bf16": True, "gradient_checkpointing": True, "max_steps": 12, "per_device_train_batch_size": 4}
+    specs = [
+        Spec(args=common),
+        Spec(lora={"r": 8, "target_modules": "all-linear"}, args={**common, "learning_rate": 1e-3}),
+        Spec(lora={"r": 2, "lora_alpha": 16}, args={**common, "lr_scheduler_type": "cosine"}),
+        Spec(trainer=DPOTrainer, args=common),
+    ]
+    layouts = [
+        {},
+        {"pad_to_multiple_of": 16},
+        {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 4},
+    ]
+    together = train_together(base, specs, tmp_path)
+    ratios = []
+    for spec, mine in zip(specs, together, strict=True):
+        assert mine.record is not None
+        assert mine.record.fused
+        serial = [train_alone(base, replace(spec, args={**spec.args, **layout}), tmp_path / "a") for layout in layouts]
+        among = np.max([distances(*pair) for pair in combinations(serial, 2)], axis=0)
+        ratios.append(distances(mine, serial[0]) / among)
+        print("loss, gradient norm, adapter: joint to plain", distances(mine, serial[0]), "layouts among them", among)
+    assert np.exp(np.mean(np.log(ratios), axis=0)).max() <= 1.0, ratios
