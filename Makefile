@@ -32,7 +32,7 @@ $(STAMP): pyproject.toml constraints.txt
 	@touch $@
 
 demo: $(STAMP)
-	$(BIN)/rapidfire-automl run examples/demo.toml
+	$(BIN)/rapidfire-automl demo
 
 demo-compare: $(STAMP)
 	$(BIN)/python experiments/demo_compare/run.py

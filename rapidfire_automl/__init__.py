@@ -9,10 +9,12 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from rapidfire_automl.automl import AutoML
     from rapidfire_automl.configs import RFDPOConfig, RFLoraConfig, RFModelConfig, RFSFTConfig
     from rapidfire_automl.events import Event
-    from rapidfire_automl.executor import Plan, RapidFireExecutor
-    from rapidfire_automl.experiment import AutoML, Experiment, RFGridSearch, RFOptuna, RFRandomSearch
+    from rapidfire_automl.executor import RapidFireExecutor
+    from rapidfire_automl.experiment import Experiment, RFGridSearch, RFOptuna, RFRandomSearch
+    from rapidfire_automl.plan import Plan
     from rapidfire_automl.pruners import PolicyPruner
     from rapidfire_automl.search import SearchResult, run_search
     from rapidfire_automl.space import List, Range
@@ -20,11 +22,11 @@ if TYPE_CHECKING:
 __version__ = "0.1.0.dev0"
 
 _MODULES = {
-    "AutoML": "experiment",
+    "AutoML": "automl",
     "Event": "events",
     "Experiment": "experiment",
     "List": "space",
-    "Plan": "executor",
+    "Plan": "plan",
     "PolicyPruner": "pruners",
     "RFDPOConfig": "configs",
     "RFGridSearch": "experiment",

@@ -1,4 +1,4 @@
-"""How requests are split into joint passes: a plan that is calibrated once, recorded, and can be replayed; torch-free."""
+"""How requests are split into joint passes: a plan, calibrated once and recorded, that can be replayed; torch-free."""
 
 from __future__ import annotations
 
@@ -13,9 +13,12 @@ class Sized(Protocol):
     """What the planner needs to know of a request."""
 
     @property
-    def rows(self) -> int: ...
+    def rows(self) -> int:
+        """Rows of the request."""
+
     @property
-    def width(self) -> int: ...
+    def width(self) -> int:
+        """Tokens of a row, padding included."""
 
 
 R = TypeVar("R", bound=Sized)
@@ -31,6 +34,7 @@ class Plan:
         max_padding: A request joins a pass only while padded tokens stay below this multiple of the real ones.
         reason: Why, for people.
         tokens_per_s: What calibration measured: pass size in tokens to throughput, forward and backward.
+        short_attention: By dtype, the widest sequence for which a CPU computes attention without the stock kernel.
     """
 
     budget_tokens: int = 4096
@@ -38,6 +42,7 @@ class Plan:
     max_padding: float = 1.35
     reason: str = "default"
     tokens_per_s: tuple[tuple[int, float], ...] = ()
+    short_attention: tuple[tuple[str, int], ...] = (("bfloat16", 256), ("float32", 64))
 
     def __post_init__(self) -> None:
         if self.budget_tokens < 1:
@@ -94,21 +99,21 @@ class Plan:
         try:
             fields = json.loads(Path(path).read_text(encoding="utf-8"))
             fields["tokens_per_s"] = tuple((int(n), float(rate)) for n, rate in fields.get("tokens_per_s", ()))
+            fields["short_attention"] = tuple((str(d), int(n)) for d, n in fields.get("short_attention", ()))
             return cls(**fields)
         except (OSError, TypeError, KeyError, json.JSONDecodeError) as error:
             raise ValueError(f"`plan` must be a recorded plan (plan.json), could not read {path}: {error}.") from error
 
 
-def choose(measured: Sequence[tuple[int, float]], *, tolerance: float = 0.03) -> Plan:
+def choose(measured: Sequence[tuple[int, float]], *, tolerance: float = 0.05) -> Plan:
     """The plan that a calibration speaks for.
 
-    A pass of one trial's size is compared with larger ones: the budget is the largest size whose throughput is within
-    `tolerance` of the best; where the smallest size is already the best, fusing gains nothing and each trial gets a
-    pass of its own.
+    The budget is the smallest pass whose throughput is within `tolerance` of the best: what is larger costs memory and
+    gains nothing. Where the smallest size is that one, fusing gains nothing and each trial gets a pass of its own.
 
     Args:
-        measured: Pass size in tokens and tokens a second, by size.
-        tolerance: Loss of throughput to accept for fewer passes.
+        measured: Pass size in tokens and tokens a second.
+        tolerance: Loss of throughput to accept for a smaller pass.
 
     Returns:
         The plan.
@@ -116,9 +121,8 @@ def choose(measured: Sequence[tuple[int, float]], *, tolerance: float = 0.03) ->
     if not measured:
         return Plan(reason="not calibrated")
     best = max(rate for _, rate in measured)
-    budget = max(size for size, rate in measured if rate >= (1 - tolerance) * best)
+    budget = min(size for size, rate in measured if rate >= (1 - tolerance) * best)
     smallest, rate = min(measured)
-    gain = best / rate
     if budget == smallest:
         return Plan(
             budget_tokens=budget,
@@ -126,12 +130,12 @@ def choose(measured: Sequence[tuple[int, float]], *, tolerance: float = 0.03) ->
             reason=f"passes of {smallest} tokens already fill the machine ({rate:.0f} tokens/s): one trial per pass",
             tokens_per_s=tuple(measured),
         )
-    at_the_end = budget == max(size for size, _ in measured)
+    largest = max(size for size, _ in measured)
     return Plan(
         budget_tokens=budget,
         reason=(
-            f"passes of up to {budget} tokens: {gain:.1f}x the throughput of {smallest}-token passes"
-            + (" (the largest size measured)" if at_the_end else "")
+            f"passes of {budget} tokens have {best / rate:.1f}x the throughput of {smallest}-token ones"
+            + (" (the largest size measured)" if budget == largest else ", larger ones gain no more")
         ),
         tokens_per_s=tuple(measured),
     )

@@ -92,7 +92,7 @@ def policy_from_name(name: str, **arguments: object) -> Policy:
     >>> policy_from_name("ahsa")
     Traceback (most recent call last):
         ...
-    ValueError: `policy` must be one of asha, nop or "package.module:Class", got 'ahsa'. Did you mean `asha`?
+    ValueError: `policy` must be one of asha, median, nop or "package.module:Class", got 'ahsa'. Did you mean `asha`?
     """
     cls = _load(name) if ":" in name else policy_names().get(_plain(name))
     if cls is None:

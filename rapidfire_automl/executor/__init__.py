@@ -1,5 +1,5 @@
 """Everything that touches torch."""
 
-from .executor import RapidFireExecutor
+from rapidfire_automl.executor.executor import RapidFireExecutor
 
 __all__ = ["RapidFireExecutor"]

@@ -33,7 +33,13 @@ class LoraSite:
 
     @property
     def rank(self) -> int:
+        """The adapter's rank."""
         return self.a.shape[0]
+
+
+def _aligned(numbers: int) -> int:
+    """Rounded up to 64 bytes of float32: matrix kernels may round differently at other addresses."""
+    return -(-numbers // 16) * 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,7 +142,7 @@ class AdapterBank:
         offset, places = 0, {}
         for key, (in_features, out_features) in shapes.items():
             places[key] = _Place(offset, in_features, out_features)
-            offset += rank * (in_features + out_features)
+            offset += _aligned(rank * in_features) + _aligned(rank * out_features)
         self._rows, self._rank, self._places = rows, rank, places
         self._flat = torch.zeros(rows + 1, offset, dtype=self._dtype, device=self._device)
         self.version += 1
@@ -155,8 +161,8 @@ class AdapterBank:
     def _views(self, flat: Tensor, key: str) -> tuple[Tensor, Tensor]:
         """`A (trials, rank, in)` and `B (trials, rank, out)` of a site in `flat (trials, numel)`."""
         place, rank = self._places[key], self._rank
-        middle = place.offset + rank * place.in_features
-        a = flat[:, place.offset : middle].view(-1, rank, place.in_features)
+        middle = place.offset + _aligned(rank * place.in_features)
+        a = flat[:, place.offset : place.offset + rank * place.in_features].view(-1, rank, place.in_features)
         b = flat[:, middle : middle + rank * place.out_features].view(-1, rank, place.out_features)
         return a, b
 
@@ -168,7 +174,8 @@ class AdapterBank:
             dtype: Cast to it.
 
         Returns:
-            By site: `A (trials, rank, in)` and `B (trials, rank, out)`, read-only, without gradient.
+            By site: `A (trials, rank, in)` and `B (trials, rank, out)`, read-only, without gradient; `rank` is the
+            largest among these rows, so that a trial alone computes the same whoever is in the bank beside it.
         """
         with torch.no_grad():
             first, count = rows[0], len(rows)
@@ -178,7 +185,10 @@ class AdapterBank:
                 flat = self._flat.index_select(0, torch.tensor(rows, device=self._device))
             if dtype is not None and dtype != flat.dtype:
                 flat = flat.to(dtype)
-            return {key: self._views(flat, key) for key in self._places}
+            ranks = [site.rank for row in rows if row in self._members for site in self._members[row].values()]
+            rank = max(ranks, default=0)
+            views = {key: self._views(flat, key) for key in self._places}
+            return {key: (a[:, :rank], b[:, :rank]) for key, (a, b) in views.items()}
 
     def sites(self, rows: Iterable[int]) -> set[str]:
         """Sites at which any of the rows has an adapter."""

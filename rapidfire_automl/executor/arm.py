@@ -10,13 +10,12 @@ from typing import Any
 import optuna
 import torch
 
+from rapidfire_automl.executor.adapters import LoraSite
+from rapidfire_automl.executor.context import TrialContext
+from rapidfire_automl.executor.passes import OpenPass
+from rapidfire_automl.executor.walks import CheapWalks
+from rapidfire_automl.records import TrialRecord
 from rapidfire_policies.base import Decision
-
-from ..records import TrialRecord
-from .adapters import LoraSite
-from .context import TrialContext
-from .passes import OpenPass
-from .walks import CheapWalks
 
 
 class Leave(BaseException):
@@ -55,6 +54,7 @@ class Arm:
 
     @property
     def number(self) -> int:
+        """Optuna's number of the trial."""
         return self.record.number
 
     @property
@@ -67,15 +67,13 @@ class Arm:
         start = ends[chunk - 1] if chunk else 0
         return (self.step - start) / (ends[chunk] - start)
 
-    def generator(self) -> torch.Generator:
-        """A CPU generator in the trial's present state."""
-        generator = torch.Generator()
-        generator.set_state(self.context.torch_state)
-        return generator
+    def generator(self, device: torch.device) -> torch.Generator:
+        """A generator on a device, in the trial's present state."""
+        return self.context.generator(device)
 
     def put_generator(self, generator: torch.Generator) -> None:
         """Go on from where a pass's draws have left off."""
-        self.context.torch_state = generator.get_state()
+        self.context.take(generator)
 
     def abandon_passes(self) -> None:
         """Say that no backward will come from the trial's open passes."""

@@ -10,10 +10,10 @@ from peft import PeftModel
 from torch import nn
 from transformers import PreTrainedModel
 
-from . import seams
-from .adapters import AdapterBank
-from .arm import Arm
-from .passes import Multiplexer
+from rapidfire_automl.executor import seams
+from rapidfire_automl.executor.adapters import AdapterBank
+from rapidfire_automl.executor.arm import Arm
+from rapidfire_automl.executor.passes import Multiplexer
 
 
 class Base:
@@ -36,7 +36,12 @@ class Base:
         if not self._why_unfused:
             self._why_unfused = seams.self_check(self.multiplexer, self.bank, model)
             if self._why_unfused:
-                self.notes.append(f"the joint pass does not agree with this base ({self._why_unfused}): trials run unfused")
+                self.notes.append(
+                    f"the joint pass does not agree with this base ({self._why_unfused}): trials run unfused"
+                )
+
+        if not self._why_unfused and self.multiplexer.head is None:
+            self.notes.append("this base's LM head can't be joined: each trial scores with its own")
 
     def clone(self) -> PreTrainedModel:
         """A trial's own modules over the same tensors."""
@@ -90,6 +95,14 @@ class Base:
                 "Train adapters only; merge them into a model of your own."
             )
 
+    def check_arm(self, arm: Arm) -> None:
+        """`check`, and that an arm's parameters are where the joint passes read them."""
+        self.check()
+        if arm.row >= 0:
+            self.bank.check(arm.row)
+
+    @property
     def dtype(self) -> torch.dtype:
         """Of the base's first parameter."""
-        return next(self.model.parameters()).dtype
+        dtype: torch.dtype = self.model.dtype
+        return dtype

@@ -15,13 +15,13 @@ from typing import Any, Protocol
 
 import torch
 
+from rapidfire_automl.executor.arm import Arm, Leave
+from rapidfire_automl.executor.context import TrialContext
+from rapidfire_automl.executor.passes import Multiplexer, OpenPass, Part, split_for
+from rapidfire_automl.executor.requests import Backward, Boundary, Forward, Pace
+from rapidfire_automl.executor.seams import is_out_of_memory
+from rapidfire_automl.plan import Plan
 from rapidfire_policies.base import Decision, TrialState, Verdict
-
-from ..plan import Plan
-from .arm import Arm, Leave
-from .context import TrialContext
-from .passes import Multiplexer, OpenPass, Part, split_for
-from .requests import Backward, Boundary, Forward, Pace
 
 logger = logging.getLogger("rapidfire_automl")
 
@@ -37,7 +37,7 @@ class Source(Protocol):
     """Where new trials come from."""
 
     def offer(self, free: int, *, idle: bool) -> list[Arm]:
-        """At most `free` arms, in trial order, whose threads wait for the baton; `idle` if nothing else is to be done."""
+        """At most `free` arms, in trial order, whose threads wait for the baton; `idle` if nothing else is to do."""
 
     @property
     def exhausted(self) -> bool:
@@ -230,7 +230,7 @@ class Conductor:
         try:
             parts, opened = self.multiplexer.forward([(arm, arm.request) for arm in arms])
         except (torch.OutOfMemoryError, RuntimeError) as error:
-            if not _is_out_of_memory(error):
+            if not is_out_of_memory(error):
                 raise
             self._out_of_memory(error)
             if len(arms) == 1:
@@ -277,7 +277,7 @@ class Conductor:
             self.multiplexer.backward(opened)
             return {}
         except (torch.OutOfMemoryError, RuntimeError) as error:
-            if not _is_out_of_memory(error):
+            if not is_out_of_memory(error):
                 raise
             self._out_of_memory(error)
         failed: dict[Part, BaseException] = {}
@@ -288,9 +288,9 @@ class Conductor:
             try:
                 self.multiplexer.again(group)
             except (torch.OutOfMemoryError, RuntimeError) as error:
-                if not _is_out_of_memory(error):
+                if not is_out_of_memory(error):
                     raise
-                failed.update({part: error for part in group})
+                failed.update(dict.fromkeys(group, error))
         return failed
 
     def _out_of_memory(self, error: BaseException) -> None:
@@ -343,7 +343,3 @@ class _Waiting:
     def __init__(self, arm: Arm) -> None:
         self.arm = arm
         self.rows, self.width = arm.request.input_ids.shape
-
-
-def _is_out_of_memory(error: BaseException) -> bool:
-    return isinstance(error, torch.OutOfMemoryError) or "not enough memory" in str(error)

@@ -35,6 +35,21 @@ class Generators:
         self._numpy: Any = np.random.RandomState(seed % 2**32).get_state()
         self._python = random.Random(seed).getstate()
 
+    def generator(self, device: torch.device) -> torch.Generator:
+        """A generator on a device, in this trial's present state there."""
+        generator = torch.Generator(device=device)
+        generator.set_state(
+            self.torch_state if self._cuda is None or device.type != "cuda" else self._cuda[_index(device)]
+        )
+        return generator
+
+    def take(self, generator: torch.Generator) -> None:
+        """Go on from where a generator of `generator` has got to."""
+        if self._cuda is not None and generator.device.type == "cuda":
+            self._cuda[_index(generator.device)] = generator.get_state()
+        else:
+            self.torch_state = generator.get_state()
+
     def save(self) -> None:
         """Take the states as they are now."""
         self.torch_state = torch.get_rng_state()
@@ -50,6 +65,10 @@ class Generators:
             torch.cuda.set_rng_state_all(self._cuda)
         np.random.set_state(self._numpy)  # noqa: NPY002
         random.setstate(self._python)
+
+
+def _index(device: torch.device) -> int:
+    return torch.cuda.current_device() if device.index is None else device.index
 
 
 @contextmanager

@@ -77,9 +77,9 @@ class Evaluator:
         """
         if callable(self.metric):
             got = self.metric(trainer)
-            if isinstance(got, (int, float)) or (isinstance(got, (Tensor, np.ndarray)) and got.ndim == 0):
-                return Measured(float(got), np.empty(0))
             scores = np.asarray(got, dtype=np.float64)
+            if not scores.ndim:
+                return Measured(float(scores), np.empty(0))
             if scores.ndim != 1 or not len(scores):
                 raise ValueError(f"`metric` must return a number or one score an example, got shape {scores.shape}.")
             return Measured(float(scores.mean()), scores)
@@ -117,7 +117,7 @@ class Evaluator:
         if known is not None:
             return known, self._batches[known]
         sets = trainer.eval_dataset
-        parts: list[Dataset] = list(sets.values()) if isinstance(sets, dict) else [sets]  # type: ignore[list-item]
+        parts: list[Dataset] = list(sets.values()) if isinstance(sets, dict) else [sets]
         trainer._set_signature_columns_if_needed()
         wanted = trainer._signature_columns or []
         rows: list[dict[str, Any]] = []
@@ -160,7 +160,7 @@ class Evaluator:
         pairs: dict[int, tuple[float, float]] = {}
         for places, _, log_probs, mask in self._scored(trainer):
             sums, counts = (-log_probs.double()).sum(1).tolist(), mask.sum(1).tolist()
-            pairs.update({place: pair for place, *pair in zip(places, sums, counts, strict=True)})  # type: ignore[misc]
+            pairs.update({place: (s, n) for place, s, n in zip(places, sums, counts, strict=True)})
         sums_, counts_ = np.array([pairs[i] for i in range(len(pairs))]).T
         if not counts_.sum():
             raise ValueError("`eval_dataset` has no token to score.")

@@ -24,21 +24,19 @@ from optuna.study import StudyDirection
 from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from rapidfire_automl.events import Event, Listener
+from rapidfire_automl.executor import rounds, seams, training
+from rapidfire_automl.executor.arm import Arm, Leave
+from rapidfire_automl.executor.base import Base
+from rapidfire_automl.executor.conductor import Conductor
+from rapidfire_automl.executor.context import TrialContext
+from rapidfire_automl.executor.evaluation import Evaluator, Measured, Metric
+from rapidfire_automl.executor.loading import ModelLike, load_base, load_tokenizer
+from rapidfire_automl.executor.planner import plan_for
+from rapidfire_automl.executor.sources import Arrivals, Asking
+from rapidfire_automl.plan import Plan
+from rapidfire_automl.records import TrialRecord
 from rapidfire_policies.base import Decision, TrialState, Verdict
-
-from ..events import Event, Listener
-from ..plan import Plan
-from ..records import TrialRecord
-from . import rounds, seams, training
-from .adapters import AdapterBank
-from .arm import Arm, Leave
-from .base import Base
-from .conductor import Conductor
-from .context import TrialContext
-from .evaluation import Evaluator, Measured, Metric
-from .loading import ModelLike, load_base, load_tokenizer
-from .planner import calibrate
-from .sources import Arrivals, Asking
 
 logger = logging.getLogger("rapidfire_automl")
 
@@ -133,6 +131,7 @@ class RapidFireExecutor:
         self._local = threading.local()
         self._exit = ExitStack()
         self._opening = threading.Lock()
+        self._finished = threading.Event()  # `Thread.join` may return early when Ctrl-C interrupts it
         self._born_s = time.perf_counter()
 
     # -- what users call ---------------------------------------------------------------------------------------------
@@ -176,7 +175,9 @@ class RapidFireExecutor:
         if arm is None or self._base is None:
             raise RuntimeError("`executor.model(trial)` works inside a function decorated with `@executor.objective`.")
         if trial.number != arm.number:
-            raise ValueError(f"`trial` must be the one the objective was called with, {arm.number}, got {trial.number}.")
+            raise ValueError(
+                f"`trial` must be the one the objective was called with, {arm.number}, got {trial.number}."
+            )
         return self._base.clone()
 
     def objective(self, build: Builder) -> Callable[[optuna.Trial], float]:
@@ -209,9 +210,7 @@ class RapidFireExecutor:
         objective.__name__ = getattr(build, "__name__", "objective")
         return objective
 
-    def optimize(
-        self, study: optuna.Study, objective: Builder, n_trials: int, timeout_s: float | None = None
-    ) -> None:
+    def optimize(self, study: optuna.Study, objective: Builder, n_trials: int, timeout_s: float | None = None) -> None:
         """Search with our own ask-and-tell loop, in one thread's order: the same search each time it is run.
 
         Args:
@@ -266,13 +265,12 @@ class RapidFireExecutor:
             study._stop_flag = False
         source = Asking(study, n_trials, start, timeout_s)
         self._conduct(source, retire)
-        assert self._thread is not None
         try:
-            while self._thread.is_alive():
-                self._thread.join(0.2)
+            while not self._finished.wait(0.2):
+                pass
         except BaseException:
             self._conductor.cancel()
-            self._thread.join()
+            self._finished.wait()
             raise
         self._raise_error()
         if self._conductor.cancelled and not self._stopping:
@@ -301,7 +299,8 @@ class RapidFireExecutor:
         if timing.passes:
             lines.append(
                 f"Joint passes: {timing.passes}, {timing.trials / timing.passes:.1f} trials each; "
-                f"decoder forward {timing.forward_s:.1f} s, head {timing.head_s:.1f} s, backward {timing.backward_s:.1f} s."
+                f"decoder forward {timing.forward_s:.1f} s, head {timing.head_s:.1f} s, "
+                f"backward {timing.backward_s:.1f} s."
             )
         for record in self._records.values():
             if record.why_unfused:
@@ -312,8 +311,8 @@ class RapidFireExecutor:
         """Free the base, the adapters and the threads."""
         if self._arrivals is not None:
             self._arrivals.close()
-        if self._thread is not None and self._thread is not threading.current_thread():
-            self._thread.join()
+        if self._thread is not None:
+            self._finished.wait()
         self._exit.close()
         self._base = self._conductor = self._arrivals = self._thread = None
         gc.unfreeze()
@@ -351,8 +350,9 @@ class RapidFireExecutor:
                 gc.collect()
                 gc.freeze()
                 if self._plan is None:
-                    self._plan = calibrate(self._base, self.slots)
+                    self._plan = plan_for(self._base, self.slots)
                 plan = self._plan
+                self._base.multiplexer.use(plan)
                 self._conductor = Conductor(self.slots, plan, self._judge, self._tell, self._clock)
                 self._conductor.multiplexer = self._base.multiplexer
                 logger.info("Plan: %s", plan.reason)
@@ -385,7 +385,9 @@ class RapidFireExecutor:
                 conductor.run(source, retire, home)
             finally:
                 home.enter()
+                self._finished.set()
 
+        self._finished.clear()
         self._thread = threading.Thread(target=body, name="conductor", daemon=True)
         self._thread.start()
 
@@ -418,8 +420,8 @@ class RapidFireExecutor:
         value, reason = None, ""
         while not arm.go.wait(0.2):
             if conductor.cancelled and arm not in conductor.arms:
-                arm.record.state = TrialState.FAILED
-                return "cancelled", None, "the search was ended"
+                arm.record.state, arm.record.error = TrialState.FAILED, "the search was ended"
+                return "cancelled", None, arm.record.error
         try:
             if conductor.cancelled:
                 raise Leave
@@ -428,6 +430,7 @@ class RapidFireExecutor:
             kind, value, reason = self._train(arm, build)
         except Leave:
             kind, reason = "cancelled", "the search was ended"
+            arm.record.error = reason
         except optuna.TrialPruned as pruned:
             kind, reason = "pruned", str(pruned)
         except Exception as error:
@@ -453,7 +456,8 @@ class RapidFireExecutor:
 
     def _train(self, arm: Arm, build: Builder) -> Outcome:
         conductor, base, record = self._conductor, self._base, arm.record
-        assert conductor is not None and base is not None
+        assert conductor is not None
+        assert base is not None
         trainer = None
         try:
             trainer = build(arm.trial)
@@ -464,7 +468,7 @@ class RapidFireExecutor:
             raise ValueError("The trainer's model did not come from this executor. Pass `model=executor.model(trial)`.")
         training.train(arm, trainer, self._host(base, conductor))
         if arm.record.boundaries and len(record.values) < len(record.boundaries):
-            verdict, reason = (record.verdicts[-1][1:] if record.verdicts else ("", ""))
+            verdict, reason = record.verdicts[-1][1:] if record.verdicts else ("", "")
             if verdict == Verdict.STOP:
                 return "pruned", record.values[-1], reason
             if verdict != Verdict.COMPLETE:
@@ -499,7 +503,7 @@ class RapidFireExecutor:
             tell=self._tell,
             measure_base=take_base,
             keep_base=keep_base,
-            check_base=base.check,
+            check=base.check_arm,
             folder=self._folder,
             joint_head=base.multiplexer.head is not None,
         )
@@ -513,9 +517,7 @@ class RapidFireExecutor:
             record.scores.append(np.asarray(request.scores, dtype=np.float64))
             record.seconds.append(arm.chunk_seconds)
             record.tokens.append(arm.chunk_tokens)
-            self._tell(
-                "chunk_done", arm, value=request.value, seconds=arm.chunk_seconds, tokens=arm.chunk_tokens
-            )
+            self._tell("chunk_done", arm, value=request.value, seconds=arm.chunk_seconds, tokens=arm.chunk_tokens)
             arm.chunk_seconds, arm.chunk_tokens = 0.0, 0
         rounds.report(waiting)
         ended = [arm for arm in waiting if len(arm.record.values) >= len(arm.record.boundaries)]
@@ -526,9 +528,7 @@ class RapidFireExecutor:
         if going or paused:
             study = (going or paused)[0].trial.study
             minimize = (going or paused)[0].minimize
-            past = rounds.history(
-                self._records.values(), minimize=minimize, chunks=self.chunks, slots=self.slots
-            )
+            past = rounds.history(self._records.values(), minimize=minimize, chunks=self.chunks, slots=self.slots)
             decisions = dict(rounds.judge(study, going, paused, past))
         for arm in ended:
             decisions[arm.number] = Decision(Verdict.COMPLETE, "trained to the end")
@@ -549,7 +549,10 @@ class RapidFireExecutor:
             data=data,
         )
         for listener in self._listeners:
-            listener(event)
+            try:
+                listener(event)
+            except Exception:
+                logger.exception("A listener failed on %s; the search goes on.", event.kind)
 
     def _clock(self) -> float:
         return time.perf_counter() - self._born_s

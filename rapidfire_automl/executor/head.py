@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-_TILE_BYTES = 256 << 20
+_TILE_BYTES = 64 << 20
 FIELDS = ("log_probs", "entropy", "log_sum_sq_probs", "mean_logits", "is_top1")
 
 
@@ -81,35 +81,40 @@ def score(
             if inverse_temperature is not None:
                 factor = factor * inverse_temperature[start : start + step, None]
             plain = inverse_temperature is None and head.logit_scale == 1.0
-            logits = torch.nn.functional.linear(h, weight, bias).float()
+            logits = torch.nn.functional.linear(h, weight, bias)
             if not plain:
-                logits.mul_(factor)
-            target = logits.gather(1, y)
-            top = logits.amax(1, keepdim=True)
+                logits = logits.float().mul_(factor)
+            log_p = logits.log_softmax(1, dtype=torch.float32)
+            target = log_p.gather(1, y)[:, 0]
+            parts["log_probs"].append(target)
             if "mean_logits" in parts:
-                parts["mean_logits"].append(logits.mean(1))
+                parts["mean_logits"].append(logits.mean(1, dtype=torch.float32))
             if "is_top1" in parts:
-                parts["is_top1"].append(logits.argmax(1) == y[:, 0])
-            z = logits.sub_(top)
-            p = z.exp()
-            total = p.sum(1, keepdim=True)
-            log_total = total.log()
-            parts["log_probs"].append((target - top - log_total)[:, 0])
+                parts["is_top1"].append(_is_top1(log_p, target, y[:, 0]))
+            if not with_gradient and not parts.keys() & {"entropy", "log_sum_sq_probs"}:
+                continue
+            p = log_p.exp()
             if "entropy" in parts:
-                parts["entropy"].append(log_total[:, 0] - torch.linalg.vecdot(p, z) / total[:, 0])
+                parts["entropy"].append(-torch.linalg.vecdot(p, log_p))
             if "log_sum_sq_probs" in parts:
-                parts["log_sum_sq_probs"].append(torch.linalg.vecdot(p, p).log() - 2 * log_total[:, 0])
+                parts["log_sum_sq_probs"].append(torch.linalg.vecdot(p, p).log())
             if with_gradient:
-                mean_row = (p.to(dtype) @ weight).float().div_(total)
-                jacobian = weight[y[:, 0]].float().sub_(mean_row)
+                jacobian = weight[y[:, 0]].float().sub_((p.to(dtype) @ weight).float())
                 jacobians.append(jacobian if plain else jacobian.mul_(factor))
         fields = {name: torch.cat(part) for name, part in parts.items()}
         return Scores(fields, torch.cat(jacobians) if with_gradient else None)
 
 
-def entropy_jacobian(
-    hidden: Tensor, head: Head, *, inverse_temperature: Tensor | None, dtype: torch.dtype
-) -> Tensor:
+def _is_top1(log_p: Tensor, target: Tensor, y: Tensor) -> Tensor:
+    """Whether the target is the first maximum; the slow `argmax` looks only at rows whose target is a maximum."""
+    top = log_p.amax(1) == target
+    rows = top.nonzero()[:, 0]
+    if len(rows):
+        top[rows] = log_p[rows].argmax(1) == y[rows]
+    return top
+
+
+def entropy_jacobian(hidden: Tensor, head: Head, *, inverse_temperature: Tensor | None, dtype: torch.dtype) -> Tensor:
     """`d entropy / d hidden`, `(positions, hidden)`; recomputed for the rare loss that uses it."""
     with torch.enable_grad(), torch.autocast(hidden.device.type, enabled=False):
         h = hidden.detach().to(dtype).requires_grad_(True)

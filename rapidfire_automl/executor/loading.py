@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import os
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-ModelLike = str | os.PathLike[str] | PreTrainedModel
+ModelLike: TypeAlias = "str | os.PathLike[str] | PreTrainedModel"
 
 
 def load_base(model: ModelLike, dtype: str | torch.dtype, device: str | torch.device | None) -> PreTrainedModel:

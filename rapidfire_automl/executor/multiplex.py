@@ -1,8 +1,8 @@
 """The multiplexed decoder: one forward over the rows of many trials, each row through its own trial's adapter.
 
-`y = x W + s_i (x A_i) B_i`, the base product once for all rows, the low-rank update as one `bmm` over trials. Trials with
-unequal row counts are padded with zero rows for the `bmm` alone. A masked block-diagonal product would be simpler and
-would leak a NaN from one trial into all; this does not.
+`y = x W + s_i (x A_i) B_i`: the base product once for all rows, the low-rank update as one `bmm` over trials. Trials
+with unequal row counts are padded with zero rows for the `bmm` alone. A masked block-diagonal product would be
+simpler and would leak a NaN from one trial into all; this does not.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .adapters import LoraSite
+from rapidfire_automl.executor.adapters import LoraSite
 
 
 @dataclass(slots=True)
@@ -40,6 +40,7 @@ class Segment:
 
     @property
     def rows(self) -> int:
+        """How many rows it has."""
         return self.stop - self.start
 
     def dropout(self, key: str) -> float:
@@ -82,7 +83,7 @@ class JointPass:
             self._slots = torch.tensor(places, device=self.device)
 
     def pack(self, x: Tensor) -> Tensor:
-        """`(rows, tokens, features)` to `(trials, rows_per_trial * tokens, features)`, zero rows where a trial has fewer."""
+        """`(rows, tokens, features)` to `(trials, rows_per_trial * tokens, features)`, padded with zero rows."""
         trials = len(self.segments)
         if self._slots is not None:
             padded = x.new_zeros(trials * self.rows_per_trial, *x.shape[1:])
@@ -122,7 +123,9 @@ class JointPass:
                 generator = torch.Generator(device=self.device)
                 generator.set_state(state)
             shape = (segment.rows, segment.width, x.shape[-1])
-            draw = torch.empty(shape, dtype=self.draw_dtype, device=x.device).bernoulli_(1 - chance, generator=generator)
+            draw = torch.empty(shape, dtype=self.draw_dtype, device=x.device).bernoulli_(
+                1 - chance, generator=generator
+            )
             mask[segment.start : segment.stop, : segment.width] = draw.div_(1 - chance).to(x.dtype)
         return mask
 
@@ -131,7 +134,7 @@ class _MultiplexedLinear(torch.autograd.Function):
     """`x (rows, tokens, in)` to `(rows, tokens, out)`; the adapters' gradients go to the pass, not through autograd."""
 
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(
         ctx: Any, x: Tensor, anchor: Tensor, weight: Tensor, bias: Tensor | None, key: str, joint: JointPass
     ) -> Tensor:
         a, b = joint.stacks[key]
@@ -157,7 +160,7 @@ class _MultiplexedLinear(torch.autograd.Function):
         return y
 
     @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         packed, z = ctx.saved_tensors
         joint, key = ctx.joint, ctx.key
         a, b = joint.stacks[key]
@@ -195,5 +198,5 @@ class MultiplexedLinear(nn.Module):
         joint = self._current()
         if joint is None or self.key not in joint.stacks:
             return self.base(x)  # type: ignore[no-any-return]
-        out: Tensor = _MultiplexedLinear.apply(x, joint.anchor, self.base.weight, self.base.bias, self.key, joint)  # type: ignore[no-untyped-call]
+        out: Tensor = _MultiplexedLinear.apply(x, joint.anchor, self.base.weight, self.base.bias, self.key, joint)
         return out

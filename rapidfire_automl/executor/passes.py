@@ -13,23 +13,28 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
-from ..plan import Plan
-from . import attention, seams
-from .adapters import AdapterBank, LoraSite
-from .head import Head, entropy_jacobian, score
-from .lean import lean_norms
-from .multiplex import JointPass, MultiplexedLinear, Segment
-from .requests import Forward
+from rapidfire_automl.executor import attention, seams
+from rapidfire_automl.executor.adapters import AdapterBank, LoraSite
+from rapidfire_automl.executor.head import Head, entropy_jacobian, score
+from rapidfire_automl.executor.lean import make_lean
+from rapidfire_automl.executor.multiplex import JointPass, MultiplexedLinear, Segment
+from rapidfire_automl.executor.requests import Forward
+from rapidfire_automl.plan import Plan
 
 
 class Member(Protocol):
     """What a pass needs of a trial."""
 
-    row: int
-    sites: Mapping[str, LoraSite]
+    @property
+    def row(self) -> int:
+        """Its row in the adapter bank."""
 
-    def generator(self) -> torch.Generator:
-        """A generator in the trial's present state."""
+    @property
+    def sites(self) -> Mapping[str, LoraSite]:
+        """Its adapter."""
+
+    def generator(self, device: torch.device) -> torch.Generator:
+        """A generator on a device, in the trial's present state."""
 
     def put_generator(self, generator: torch.Generator) -> None:
         """Take the generator's state back after its draws."""
@@ -62,14 +67,17 @@ class Part:
 
     @property
     def rows(self) -> int:
+        """Rows of the request."""
         return self.request.input_ids.shape[0]
 
     @property
     def width(self) -> int:
+        """Tokens of a row."""
         return self.request.input_ids.shape[1]
 
     @property
     def tokens(self) -> int:
+        """Tokens of all rows."""
         return self.rows * self.width
 
 
@@ -117,8 +125,12 @@ class Multiplexer:
         self._current: JointPass | None = None
         self._scales: dict[tuple[Any, ...], Mapping[str, Tensor]] = {}
         self._cast_head: dict[torch.dtype, Head] = {}
-        lean_norms(self._decoder)
-        attention.install(self._mux, tuple({base.dtype, torch.bfloat16}))
+        make_lean(self._decoder)
+        self.use(Plan())
+
+    def use(self, plan: Plan) -> None:
+        """Follow a plan's choice of attention."""
+        attention.install(self._mux, dict(plan.short_attention))
 
     def wrap(self, sites: Mapping[str, LoraSite]) -> None:
         """Put multiplexed Linears where a trial's adapter needs them."""
@@ -180,7 +192,7 @@ class Multiplexer:
         for member, request in requests:
             rows, width = request.input_ids.shape
             on = request.adapter
-            generator = member.generator()
+            generator = member.generator(self.device)
             segment = Segment(
                 start=row,
                 stop=row + rows,
@@ -256,7 +268,9 @@ class Multiplexer:
         targets, inverse = [], []
         for part in parts:
             request = part.request
-            assert request.head is not None and request.scored is not None and request.targets is not None
+            assert request.head is not None
+            assert request.scored is not None
+            assert request.targets is not None
             row, column = request.scored.nonzero(as_tuple=True)
             part.positions = (row + part.segment.start) * width + column
             targets.append(request.targets[row, column])
@@ -277,7 +291,8 @@ class Multiplexer:
         )
         start = 0
         for part, head in zip(parts, heads, strict=True):
-            assert part.positions is not None and part.request.scored is not None
+            assert part.positions is not None
+            assert part.request.scored is not None
             stop = start + len(part.positions)
             for name in head.outputs:
                 full = torch.zeros(
@@ -346,13 +361,16 @@ class Multiplexer:
             if grad is not None:
                 upstream[s.start : s.stop, : s.width] = grad
             return
-        assert part.positions is not None and part.jacobian is not None and part.request.scored is not None
+        assert part.positions is not None
+        assert part.jacobian is not None
+        assert part.request.scored is not None
         total = None
         if (grad := part.leaves["log_probs"].grad) is not None:
             total = grad[part.request.scored][:, None].float() * part.jacobian
         entropy = part.leaves.get("entropy")
         if entropy is not None and entropy.grad is not None:
-            assert part.scored_hidden is not None and part.request.head is not None
+            assert part.scored_hidden is not None
+            assert part.request.head is not None
             head = part.request.head
             slope = entropy_jacobian(
                 part.scored_hidden,
@@ -393,7 +411,8 @@ class _Replay:
     def sites(self) -> Mapping[str, LoraSite]:
         return self.member.sites
 
-    def generator(self) -> torch.Generator:
+    def generator(self, device: torch.device) -> torch.Generator:
+        """The one of the first run."""
         return self._generator
 
     def put_generator(self, generator: torch.Generator) -> None:

@@ -1,65 +1,113 @@
-"""Calibration: how large a joint pass should be on this machine, measured at start."""
+"""Calibration: how large a joint pass should be on this machine, measured once for a base and remembered."""
 
 from __future__ import annotations
 
+import hashlib
+import json
+import logging
+import os
+import platform
 import time
+from dataclasses import replace
 
 import torch
+import transformers
 from peft import LoraConfig, get_peft_model
 
-from ..plan import Plan, choose
-from . import seams
-from .base import Base
-from .context import generators_of_its_own
-from .requests import Forward
+from rapidfire_automl.caches import cache_folder
+from rapidfire_automl.executor import attention, seams
+from rapidfire_automl.executor.base import Base
+from rapidfire_automl.executor.context import generators_of_its_own
+from rapidfire_automl.executor.requests import Forward
+from rapidfire_automl.plan import Plan, choose
+
+logger = logging.getLogger("rapidfire_automl")
 
 _SIZES = (16, 64, 256, 1024, 4096)
 
 
-def calibrate(base: Base, slots: int, *, limit_s: float = 4.0) -> Plan:
+def plan_for(base: Base, slots: int) -> Plan:
+    """The plan for a base on this machine: the one remembered, or a new calibration, which is then remembered.
+
+    That a plan is remembered makes searches repeatable from one process to the next: another split of the same
+    requests would round differently in the last digit.
+    """
+    if slots == 1:
+        return Plan(trials_per_pass=1, reason="one slot")
+    path = cache_folder() / "plans" / f"{_fingerprint(base)}.json"
+    try:
+        return Plan.load(path)
+    except ValueError:
+        plan = calibrate(base)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_suffix(f".{os.getpid()}")
+        plan.save(temporary)
+        temporary.replace(path)
+    except OSError as error:
+        logger.warning("The plan could not be remembered: %s", error)
+    return plan
+
+
+def _fingerprint(base: Base) -> str:
+    """Of what a calibration depends on: the base's shape, the machine and the libraries."""
+    config = base.model.config.get_text_config()
+    shape = {
+        k: v for k, v in sorted(config.to_dict().items()) if isinstance(v, (int, float)) and not isinstance(v, bool)
+    }
+    device = base.multiplexer.device
+    place = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{platform.machine()} {os.cpu_count()}"
+    facts = [shape, str(base.dtype), place, torch.get_num_threads(), torch.__version__, transformers.__version__]
+    return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]
+
+
+def calibrate(base: Base, *, limit_s: float = 4.0) -> Plan:
     """Measure passes of growing size, forward and backward, and choose.
 
     Args:
         base: The base.
-        slots: Trials that train at a time.
         limit_s: Stop growing after so many seconds.
 
     Returns:
         The plan, with what was measured.
     """
-    if slots == 1:
-        return Plan(trials_per_pass=1, reason="one slot")
+    plan = Plan()
+    device = base.multiplexer.device
+    autocast = torch.bfloat16 if base.dtype == torch.bfloat16 else None
+    if device.type == "cpu":
+        dtypes = dict.fromkeys((base.dtype, torch.bfloat16))
+        measured_widths = attention.widths(base.model.config.get_text_config(), dtypes)
+        plan = replace(plan, short_attention=tuple(measured_widths.items()))
+        base.multiplexer.use(plan)
     begin = time.perf_counter()
     measured: list[tuple[int, float]] = []
     with generators_of_its_own(0):
         model = get_peft_model(base.clone(), LoraConfig(r=8, target_modules="all-linear", task_type="CAUSAL_LM"))
-        sites, _ = seams.find_sites(model)
+        sites, why = seams.find_sites(model)
+        if why:
+            return replace(plan, trials_per_pass=1, reason=f"trials run unfused: {why}")
         probe = seams.Probe(sites)
-        if not sites:
-            return Plan(trials_per_pass=1, reason="no Linear to adapt")
         probe.row = base.bank.add(sites)
         base.multiplexer.wrap(sites)
         try:
             for size in _SIZES:
-                rate = max(_rate(base, probe, size) for _ in range(2))
+                rate = max(_rate(base, probe, size, autocast) for _ in range(3 if size < 1024 else 2))
                 measured.append((size, rate))
-                if time.perf_counter() - begin > limit_s or size > 16 and rate < 0.8 * max(r for _, r in measured):
+                if time.perf_counter() - begin > limit_s or rate < 0.8 * max(r for _, r in measured):
                     break
         except (torch.OutOfMemoryError, RuntimeError) as error:
-            if not measured or ("memory" not in str(error) and not isinstance(error, torch.OutOfMemoryError)):
+            if not measured or not seams.is_out_of_memory(error):
                 raise
         finally:
             base.bank.remove(probe.row)
             base.bank.reset()
-    return choose(measured)
+    return replace(choose(measured), short_attention=plan.short_attention)
 
 
-def _rate(base: Base, probe: seams.Probe, tokens: int) -> float:
+def _rate(base: Base, probe: seams.Probe, tokens: int, autocast: torch.dtype | None) -> float:
     """Tokens a second of one pass, forward and backward, in rows of at most 64 tokens."""
     width = min(tokens, 64)
     ids = torch.ones(tokens // width, width, dtype=torch.long, device=base.multiplexer.device)
-    dtype = base.dtype()
-    autocast = torch.bfloat16 if dtype == torch.bfloat16 else None
     request = Forward(ids, None, None, grad=True, autocast=autocast, checkpointing=False, adapter=True)
     _sync(ids)
     begin = time.perf_counter()

@@ -7,11 +7,10 @@ from collections.abc import Iterable, Mapping, Sequence
 import numpy as np
 import optuna
 
+from rapidfire_automl.executor.arm import Arm
+from rapidfire_automl.pruners import PolicyPruner
+from rapidfire_automl.records import TrialRecord
 from rapidfire_policies.base import Decision, History, Policy, TrialHistory, TrialState, Verdict
-
-from ..pruners import PolicyPruner
-from ..records import TrialRecord
-from .arm import Arm
 
 
 def report(arms: Sequence[Arm]) -> None:
@@ -53,7 +52,7 @@ def judge(
     """One judgement over the whole history.
 
     Args:
-        study: Its pruner decides: a `PolicyPruner`'s policy at once, a stock pruner trial by trial after all have reported.
+        study: Its pruner decides: a `PolicyPruner`'s policy at once, a stock one trial by trial.
         waiting: Arms at a boundary that are not at their end.
         paused: Paused arms.
         history: All trials.

@@ -13,7 +13,7 @@ from __future__ import annotations
 import copy
 import inspect
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -29,9 +29,9 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast
 from trl.trainer.utils import FusedCausalLMOutput
 
-from .adapters import LoraSite
-from .head import Head
-from .requests import Backward, Forward, HeadSpec
+from rapidfire_automl.executor.adapters import LoraSite
+from rapidfire_automl.executor.head import Head
+from rapidfire_automl.executor.requests import Backward, Forward, HeadSpec
 
 Submit = Callable[[Any], Any]
 
@@ -221,6 +221,8 @@ class Seam:
     outside: int = 0
     _checkpointed: Any = None
     _adapted: Any = None
+    _off: int = 0
+    _own_disable: Callable[[], Any] = nullcontext
     _undo: list[Callable[[], None]] = field(default_factory=list)
 
     def open(self) -> None:
@@ -236,7 +238,9 @@ class Seam:
                 self.notes.append("this trainer's LM head can't be joined: it scores with its own")
             else:
                 self._cut_head(causal, decoder, spec)
-        self._cut_backward()
+        if self.fused:
+            self._cut_backward()
+            self._cut_disable_adapter()
 
     def close(self) -> None:
         """Take the cuts out again."""
@@ -277,7 +281,7 @@ class Seam:
             grad=grad,
             autocast=autocast_dtype(ids.device.type),
             checkpointing=grad and layer is not None and layer.gradient_checkpointing and layer.training,
-            adapter=not (self._adapted is not None and self._adapted.disable_adapters),
+            adapter=not self._off and not (self._adapted is not None and self._adapted.disable_adapters),
         )
 
     def _cut_decoder(self, decoder: nn.Module) -> None:
@@ -291,7 +295,8 @@ class Seam:
                 self.pace()
             if request is None:
                 self.outside += 1
-                return own(**kwargs)
+                with self._own_disable() if self._off else nullcontext():
+                    return own(**kwargs)
             return BaseModelOutputWithPast(last_hidden_state=self.submit(request))
 
         self._replace(decoder, "forward", forward)
@@ -326,6 +331,20 @@ class Seam:
 
         self._replace(causal, "forward", forward)
 
+    def _cut_disable_adapter(self) -> None:
+        """A reference pass needs a flag; PEFT's own switch walks the model three times, at every step of DPO."""
+        self._own_disable = self.model.disable_adapter
+
+        @contextmanager
+        def disable_adapter() -> Iterator[None]:
+            self._off += 1
+            try:
+                yield
+            finally:
+                self._off -= 1
+
+        self._replace(self.model, "disable_adapter", disable_adapter)
+
     def _cut_backward(self) -> None:
         accelerator = self.trainer.accelerator
         own = accelerator.backward
@@ -353,6 +372,11 @@ def checkpointing_layers(decoder: PreTrainedModel) -> list[GradientCheckpointing
     return layers
 
 
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an allocation failed, on a GPU or a CPU."""
+    return isinstance(error, torch.OutOfMemoryError) or "not enough memory" in str(error)
+
+
 @dataclass(slots=True)
 class Probe:
     """An adapter that belongs to no trial, for checks and calibration."""
@@ -360,17 +384,22 @@ class Probe:
     sites: dict[str, LoraSite]
     row: int = -1
 
-    def generator(self) -> torch.Generator:
+    def generator(self, device: torch.device) -> torch.Generator:
         """Any."""
-        return torch.Generator()
+        return torch.Generator(device=device)
 
     def put_generator(self, generator: torch.Generator) -> None:
         """Nobody goes on from it."""
 
 
+def is_half(hidden: Tensor) -> bool:
+    """Whether hidden states are in half precision."""
+    return hidden.dtype in (torch.bfloat16, torch.float16)
+
+
 def self_check(multiplexer: Any, bank: Any, model: PreTrainedModel) -> str:
-    """Run a random adapter through the joint pass and through PEFT's own forward; returns how they differ, if they do."""
-    from .context import generators_of_its_own
+    """Run a random adapter through the joint pass and through PEFT's own forward; returns how they differ."""
+    from rapidfire_automl.executor.context import generators_of_its_own
 
     with generators_of_its_own(0):
         config = LoraConfig(r=2, target_modules="all-linear", init_lora_weights=False, task_type="CAUSAL_LM")
@@ -388,11 +417,19 @@ def self_check(multiplexer: Any, bank: Any, model: PreTrainedModel) -> str:
                 expected = decoder(input_ids=ids, use_cache=False).last_hidden_state.double()
                 with own.disable_adapter():
                     effect = (decoder(input_ids=ids, use_cache=False).last_hidden_state - expected).norm()
+                own_scores = own.get_base_model()(input_ids=ids).logits.float().log_softmax(-1)
             probe.row = bank.add(sites)
             multiplexer.wrap(sites)
             request = Forward(ids, None, None, grad=False, autocast=None, checkpointing=False, adapter=True)
             parts, _ = multiplexer.forward([(probe, request)])
             got = parts[0].leaves["hidden"]
+            if multiplexer.head is not None:
+                spec = HeadSpec(frozenset({"log_probs"}))
+                scored = request.with_head(spec, ids[:, 1:], torch.ones_like(ids[:, 1:], dtype=torch.bool))
+                scores = multiplexer.forward([(probe, scored)])[0][0].leaves["log_probs"]
+                theirs = own_scores[:, :-1].gather(2, ids[:, 1:, None])[..., 0]
+                if float((scores - theirs).abs().max()) > (1.0 if is_half(got) else 1e-2):
+                    multiplexer.head = None
         except Exception as error:
             return f"{type(error).__name__}: {error}"
         finally:
@@ -400,5 +437,5 @@ def self_check(multiplexer: Any, bank: Any, model: PreTrainedModel) -> str:
                 bank.remove(probe.row)
                 bank.reset()
         wrong = float((got - expected).norm() / effect)
-        tolerance = 0.3 if got.dtype in (torch.bfloat16, torch.float16) else 1e-3
+        tolerance = 0.3 if is_half(got) else 1e-3
         return "" if wrong <= tolerance else f"hidden states are off by {wrong:.1e} of what the adapter does"

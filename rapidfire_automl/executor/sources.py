@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 import optuna
 
-from .arm import Arm
+from rapidfire_automl.executor.arm import Arm
 
 
 class Arrivals:
@@ -92,7 +92,7 @@ class Asking:
 
     def offer(self, free: int, *, idle: bool) -> list[Arm]:
         """Ask for as many trials as there are free slots."""
-        arms = []
+        arms: list[Arm] = []
         while free > len(arms) and not self.closed:
             self._left -= 1
             arms.append(self._start(self._study.ask()))

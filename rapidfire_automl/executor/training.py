@@ -13,15 +13,14 @@ from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCall
 from transformers.trainer_callback import TrainerControl, TrainerState
 from transformers.training_args import TrainingArguments
 
+from rapidfire_automl.chunks import chunk_boundaries
+from rapidfire_automl.executor import seams
+from rapidfire_automl.executor.arm import Arm
+from rapidfire_automl.executor.context import generators_of_its_own
+from rapidfire_automl.executor.evaluation import Evaluator
+from rapidfire_automl.executor.requests import Boundary, Pace
+from rapidfire_automl.executor.walks import CheapWalks
 from rapidfire_policies.base import Decision, Verdict
-
-from ..chunks import chunk_boundaries
-from . import seams
-from .arm import Arm
-from .context import generators_of_its_own
-from .evaluation import Evaluator
-from .requests import Boundary, Pace
-from .walks import CheapWalks
 
 logger = logging.getLogger("rapidfire_automl")
 
@@ -40,7 +39,7 @@ class Host:
         tell: Emits an event.
         measure_base: Whether this arm is the first, and measures the untrained base; asked once.
         keep_base: Takes what it measured.
-        check_base: Raises if the base's tensors were touched.
+        check: Raises if the base's tensors were touched, or the arm's were replaced.
         folder: Where a trial's files go.
         joint_head: Whether the base's head can join.
     """
@@ -54,7 +53,7 @@ class Host:
     tell: Callable[..., None]
     measure_base: Callable[[], bool]
     keep_base: Callable[[Any], None]
-    check_base: Callable[[], None]
+    check: Callable[[Arm], None]
     folder: Callable[[int], Path]
     joint_head: bool
 
@@ -101,9 +100,7 @@ class ChunkCallback(TrainerCallback):
             self._arm.abandon_passes()
             self._host.submit(self._arm, Pace())
 
-    def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """At a boundary: evaluate, report, wait."""
         arm, host, record = self._arm, self._host, self._arm.record
         arm.abandon_passes()
@@ -112,7 +109,7 @@ class ChunkCallback(TrainerCallback):
         host.tell("step", arm, step=state.global_step, max_steps=state.max_steps)
         if done >= len(record.boundaries) or state.global_step < record.boundaries[done]:
             return
-        host.check_base()
+        host.check(arm)
         if arm.walks is not None:
             arm.walks.refresh()
         with generators_of_its_own(host.seed):

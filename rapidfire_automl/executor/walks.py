@@ -1,8 +1,8 @@
 """Cheap walks: answers about a trial's model that don't visit every module of a frozen tree.
 
-transformers walks the whole tree several times a step (`train`, `zero_grad`, `parameters`, `num_parameters`); of a clone on
-a frozen base it is known what has to be touched. Each answer is the one the walk would give; `CheapWalks.refresh` looks
-again at every chunk boundary, in case somebody changed the tree.
+transformers walks the whole tree several times a step (`train`, `zero_grad`, `parameters`, `num_parameters`); of a
+clone on a frozen base it is known what has to be touched. Each answer is the one the walk would give;
+`CheapWalks.refresh` looks again at every chunk boundary, in case somebody changed the tree.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from torch import nn
 
 
 class CheapWalks:
-    """Instance attributes on a model that answer `parameters`, `train`, `eval`, `zero_grad` and `num_parameters` from lists.
+    """Instance attributes on a model that answer `parameters`, `train`, `zero_grad` and `num_parameters`.
 
     Args:
         model: The trial's PEFT model; undone by `close`.
@@ -27,9 +27,9 @@ class CheapWalks:
         self._counts: dict[tuple[Any, ...], int] = {}
         self._num_parameters = getattr(model, "num_parameters", None)
         self.refresh()
-        model.parameters = self._parameters  # type: ignore[method-assign, assignment]
-        model.train = self._train  # type: ignore[method-assign, assignment]
-        model.zero_grad = self._zero_grad  # type: ignore[method-assign, assignment]
+        model.parameters = self._parameters  # type: ignore[method-assign]
+        model.train = self._train  # type: ignore[method-assign]
+        model.zero_grad = self._zero_grad  # type: ignore[method-assign]
         if self._num_parameters is not None:
             model.num_parameters = self._count  # type: ignore[assignment]
 

@@ -1,0 +1,36 @@
+"""The command line: `rapidfire-automl run search.toml`, `demo`, `doctor`, `version`."""
+
+from __future__ import annotations
+
+import typer
+
+from rapidfire_automl.cli.demo import demo
+from rapidfire_automl.cli.doctor import doctor
+from rapidfire_automl.cli.run import run
+
+app = typer.Typer(
+    name="rapidfire-automl",
+    help="AutoML search for LLM fine-tuning: many LoRA trials on one frozen base, judged chunk by chunk.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+app.command()(run)
+app.command()(demo)
+app.command()(doctor)
+
+
+@app.command()
+def version() -> None:
+    """Print the versions of this package and of what it stands on."""
+    from rapidfire_automl import __version__
+    from rapidfire_automl.versions import installed
+
+    typer.echo(f"rapidfire_automl {__version__}")
+    for name, found in installed().items():
+        if name != "rapidfire_automl":
+            typer.echo(f"{name} {found or 'not installed'}")
+
+
+__all__ = ["app"]

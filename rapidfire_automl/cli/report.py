@@ -1,0 +1,80 @@
+"""What stands on the screen when a search is over."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from rich.console import Console
+from rich.text import Text
+
+from rapidfire_automl.cli.view import against, clock, number
+from rapidfire_automl.search import SearchResult
+
+_STATES = {
+    "complete": "complete",
+    "stopped": "stopped early",
+    "failed": "failed",
+    "paused": "paused",
+    "running": "cut short",
+}
+
+
+def show_result(result: SearchResult, console: Console) -> None:
+    """Print the best trial, where its adapter lies, what the search cost, and where the pictures are."""
+
+    def line(label: str, text: str, style: str = "") -> None:
+        console.print(Text.assemble((f"{label:<10}", "dim"), (text, style)), soft_wrap=True, highlight=False)
+
+    console.print()
+    if result.best_trial is None:
+        line("Best", "none: no trial completed with a finite value", "yellow")
+    else:
+        gain = against(result.best_value, result.base_value)
+        line(
+            "Best",
+            f"trial {result.best_trial} at {number(result.best_value)}{f', {gain}' if gain else ''}",
+            "bold green",
+        )
+        line("", "  ".join(f"{name}={_value(value)}" for name, value in result.best_params.items()))
+        if result.best_adapter is not None:
+            line("Adapter", _short(result.best_adapter))
+    line("Cost", cost(result))
+    states = [str(trial["state"]) for trial in result.summary["trials"]]
+    line("Trials", ", ".join(f"{states.count(s)} {name}" for s, name in _STATES.items() if states.count(s)) or "none")
+    for trial in [t for t in result.summary["trials"] if t["state"] == "failed"][:3]:
+        line(
+            "",
+            f"trial {trial['number']} failed: {(trial['error'] or 'no reason recorded').strip().splitlines()[-1]}",
+            "red",
+        )
+    line("Time", clock(result.wall_s) + _first_verdict(result))
+    for name, path in result.summary.get("pictures", {}).items():
+        line(name.capitalize(), _short(Path(path)))
+    line("Summary", _short(result.run_dir / "summary.json"))
+
+
+def cost(result: SearchResult) -> str:
+    """What the search cost against running every trial to the end."""
+    if not result.chunks_if_all_ran:
+        return "0 chunks"
+    share = result.chunks_used / result.chunks_if_all_ran
+    return (
+        f"{result.chunks_used} chunks, {share:.0%} of the {result.chunks_if_all_ran} it takes to train every trial "
+        "to its end"
+    )
+
+
+def _first_verdict(result: SearchResult) -> str:
+    return f", first verdict after {clock(result.first_verdict_s)}" if result.first_verdict_s is not None else ""
+
+
+def _value(value: object) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def _short(path: Path) -> str:
+    """The path as one would type it from here."""
+    try:
+        return str(path.absolute().relative_to(Path.cwd()))
+    except ValueError:
+        return str(path)

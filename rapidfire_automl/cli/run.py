@@ -1,0 +1,84 @@
+"""`rapidfire-automl run search.toml`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from rapidfire_automl.cli.display import on_screen
+from rapidfire_automl.cli.terminal import Terminal
+from rapidfire_automl.cli.view import SearchView
+from rapidfire_automl.search import SearchResult
+from rapidfire_automl.settings import Settings, load_settings
+
+Set = Annotated[
+    list[str] | None,
+    typer.Option("--set", "-s", metavar="KEY=VALUE", help="Set any key of the file, like search.n_trials=16."),
+]
+NTrials = Annotated[int | None, typer.Option("--n-trials", help="Short for --set search.n_trials=N.")]
+Slots = Annotated[int | None, typer.Option(help="Short for --set search.slots=N.")]
+Chunks = Annotated[int | None, typer.Option(help="Short for --set search.chunks=N.")]
+Seed = Annotated[int | None, typer.Option(help="Short for --set search.seed=N.")]
+Out = Annotated[Path | None, typer.Option("--out", "-o", help="The run folder, short for --set output.dir=PATH.")]
+Json = Annotated[bool, typer.Option("--json", help="Print the summary as JSON on stdout and all else on stderr.")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Say nothing while the search runs.")]
+Debug = Annotated[bool, typer.Option("--debug", help="Show tracebacks and what the libraries log.")]
+
+
+def run(
+    file: Annotated[Path, typer.Argument(help="The search, a TOML file.")],
+    overrides: Set = None,
+    n_trials: NTrials = None,
+    slots: Slots = None,
+    chunks: Chunks = None,
+    seed: Seed = None,
+    out: Out = None,
+    check: Annotated[bool, typer.Option("--check", help="Check the file and the data, and stop there.")] = False,
+    as_json: Json = False,
+    quiet: Quiet = False,
+    debug: Debug = False,
+) -> None:
+    """Search: many LoRA trials on one frozen base, judged after every chunk.
+
+    Exit codes: 0 done, 1 all trials failed, 2 bad input, 130 interrupted.
+    """
+    terminal = Terminal(as_json=as_json, quiet=quiet, debug=debug)
+    with terminal.session():
+        short = shorthands(n_trials=n_trials, slots=slots, chunks=chunks, seed=seed, out=out)
+        settings = load_settings(file, [*(overrides or []), *short])
+        result = search(settings, file.parent, file.stem, terminal, check_only=check)
+        if result is not None:
+            terminal.result(result)
+
+
+def shorthands(
+    *, n_trials: int | None, slots: int | None, chunks: int | None, seed: int | None, out: Path | None
+) -> list[str]:
+    """The short options as `--set` lines."""
+    numbers = {"n_trials": n_trials, "slots": slots, "chunks": chunks, "seed": seed}
+    lines = [f"search.{name}={value}" for name, value in numbers.items() if value is not None]
+    return lines if out is None else [*lines, f"output.dir='{out}'"]
+
+
+def search(
+    settings: Settings, folder: Path, name: str, terminal: Terminal, *, check_only: bool = False
+) -> SearchResult | None:
+    """Check a search and run it on the screen; None if it was only checked."""
+    from rapidfire_automl import program as programs
+
+    program = programs.prepare(settings, folder, name)
+    wanted = settings.search
+    if not terminal.quiet:
+        terminal.say(
+            f"{settings.trainer.upper()} on {settings.base.model}: {program.n_trials} trials over "
+            f"{', '.join(program.space.names.values())}; {wanted.chunks} chunks each, {wanted.slots} slots; "
+            f"{len(program.train)} examples to train on, {len(program.held_out)} held out"
+        )
+    if check_only:
+        terminal.say("The search can be run.")
+        return None
+    view = SearchView(program.n_trials, wanted.chunks, maximize=wanted.direction == "maximize")
+    with on_screen(view, terminal.console, quiet=terminal.quiet) as listener:
+        return programs.execute(program, [listener])

@@ -1,0 +1,400 @@
+"""`Experiment`: searches over configurations, with the names RapidFire AI users know.
+
+Configurations are grouped by base; each group is one search on one `RapidFireExecutor`, run one after the other.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+import warnings
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Self
+
+import optuna
+from optuna.study import StudyDirection
+
+from rapidfire_automl.bases import CreateModel, load_model, make_executor
+from rapidfire_automl.events import Listener
+from rapidfire_automl.groups import (
+    ConfigGroup,
+    Metric,
+    Pruning,
+    RFGridSearch,
+    RFOptuna,
+    RFRandomSearch,
+    Search,
+    as_groups,
+    builtin_metric,
+)
+from rapidfire_automl.hints import nearest
+from rapidfire_automl.jsonable import dumps
+from rapidfire_automl.results import FitResult, GroupResult
+from rapidfire_automl.space import List
+from rapidfire_automl.strategies import check_count, check_direction, make_pruning
+from rapidfire_automl.trainers import SAMPLE_SIZE, Data, Logs, answer_metric, as_dataset, build_trainer, quiet_datasets
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+__all__ = ["Experiment", "RFGridSearch", "RFOptuna", "RFRandomSearch"]
+
+DEFAULT_CHUNKS = 8
+_log = logging.getLogger("rapidfire_automl")
+_FOREIGN = ("num_gpus", "monte_carlo_simulations")
+"""Arguments of RapidFire AI's `run_fit` that mean nothing here."""
+
+
+class Experiment:
+    """A folder of searches.
+
+    Args:
+        experiment_name: Name of the folder; a number is added where it is taken.
+        mode: "fit"; RapidFire AI's other mode, evaluation of prompts, isn't part of this library.
+        experiments_path: Where experiment folders lie.
+        slots: Trials that train at a time.
+        policy: For groups that bring no policy of their own: one of `rapidfire_policies`, its name ("asha"), or an
+            Optuna pruner. None trains every grid and random configuration to its end.
+        metric: For groups that bring none: None for the trainer's own (SFT: mean token NLL, DPO: preference loss), a
+            name the executor knows, a key of what `compute_metrics` returns, or `metric(trainer) -> number or scores`.
+        direction: Whether small or large values of it are good.
+        listeners: Called with every event.
+        mlflow_experiment: MLflow experiment to log to.
+        executor_options: Further arguments of `RapidFireExecutor`, e.g. `{"eval_batch_size": 8}`.
+        experiment_path: RapidFire AI's newer name of `experiments_path`.
+
+    Raises:
+        ValueError: A name that leaves the folder, another mode, or an argument out of range.
+
+    Example:
+        ```python
+        config = RFModelConfig(
+            model_name="HuggingFaceTB/SmolLM2-135M-Instruct",
+            peft_config=RFLoraConfig(r=List([4, 16]), target_modules="all-linear"),
+            training_args=RFSFTConfig(learning_rate=List([1e-4, 1e-3]), max_steps=100),
+        )
+        with Experiment("chat", slots=4) as experiment:
+            fit = experiment.run_fit(RFGridSearch(config, "SFT"), None, train, held_out, num_chunks=8)
+        print(fit.best_params, fit.best_adapter)
+        ```
+    """
+
+    def __init__(
+        self,
+        experiment_name: str,
+        mode: str = "fit",
+        experiments_path: str | Path = "./rapidfire_experiments",
+        *,
+        slots: int = 8,
+        policy: Pruning = None,
+        metric: Metric | None = None,
+        direction: str = "minimize",
+        listeners: Sequence[Listener] = (),
+        mlflow_experiment: str | None = None,
+        executor_options: Mapping[str, Any] | None = None,
+        experiment_path: str | Path | None = None,
+    ) -> None:
+        if not re.fullmatch(r"[\w-][\w .+-]*", str(experiment_name)):
+            raise ValueError(
+                "`experiment_name` must be a plain folder name of letters, digits, `-`, `_` and `.`, got "
+                f"{experiment_name!r}."
+            )
+        if mode != "fit":
+            raise ValueError(f'`mode` must be "fit", got {mode!r}.')
+        self.experiment_name = experiment_name
+        self.mode = mode
+        self.slots = check_count("slots", slots)
+        self.policy = make_pruning(policy)
+        self.metric = metric
+        self.direction = check_direction(direction)
+        self.listeners = tuple(listeners)
+        self.mlflow_experiment = mlflow_experiment
+        self.executor_options = dict(executor_options or {})
+        self._parent = Path(experiments_path if experiment_path is None else experiment_path)
+        self._folder: Path | None = None
+        self._searches: list[GroupResult] = []
+        self._ended = False
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.end()
+
+    def run_fit(
+        self,
+        config_group: Any = None,
+        create_model_fn: CreateModel | None = None,
+        train_dataset: Any = None,
+        eval_dataset: Any = None,
+        num_chunks: int | None = None,
+        seed: int = 42,
+        *,
+        num_shards: int | None = None,
+        param_config: Any = None,
+        timeout_s: float | None = None,
+        **foreign: Any,
+    ) -> FitResult:
+        """Train a group of configurations, judged after every chunk.
+
+        Everything that can be wrong with the arguments is found before a model is loaded.
+
+        Args:
+            config_group: `RFGridSearch`, `RFRandomSearch`, `RFOptuna`, a config, or a list of such.
+            create_model_fn: `dict -> (model, tokenizer)`, called once a base; the dict has `model_name`, `model_type`,
+                `model_kwargs`, `tokenizer`, `tokenizer_kwargs` and what else the group's configurations share. None
+                loads `model_name`.
+            train_dataset: A `datasets.Dataset`, or a list of dicts.
+            eval_dataset: Likewise; all trials are compared on it. None is allowed where no value decides anything: then
+                training examples stand in for it.
+            num_chunks: Verdicts a trial (8 by default); a chunk is that part of its training.
+            seed: Of the data order, the adapters' initial values and the evaluation.
+            num_shards: RapidFire AI's newer name of `num_chunks`.
+            param_config: RapidFire AI's older name of `config_group`.
+            timeout_s: Seconds after which no further trial is started, for each search.
+            foreign: Other arguments of RapidFire AI's, which are ignored with a warning.
+
+        Returns:
+            The searches with their results; also in `get_results` and `get_runs_info`.
+
+        Raises:
+            ValueError: Anything wrong with the arguments.
+            SearchFailed: Every trial of every search failed.
+            SearchInterrupted: Ctrl-C; what has finished is kept.
+        """
+        if self._ended:
+            raise ValueError(f"Experiment {self.experiment_name!r} has ended. Make a new one.")
+        _check_foreign(foreign)
+        groups = as_groups(param_config if config_group is None else config_group)
+        chunks = _chunks(num_chunks, num_shards)
+        check_count("seed", seed, least=0)
+        plans = [(g, s) for g in groups for s in g.searches(self.policy, self.metric, self.direction)]
+        for _, search in plans:
+            _check_search(search, create_model_fn)
+        data = _check_data(train_dataset, eval_dataset, chunks, [search for _, search in plans])
+        return self._run(plans, create_model_fn, data, chunks, seed, timeout_s)
+
+    def get_results(self) -> Any:
+        """Values and training logs as a pandas data frame: one row a run and optimizer step."""
+        return _frame([row for search in self._searches for row in search.rows()])
+
+    def get_runs_info(self) -> Any:
+        """The runs as a pandas data frame: state, last value, why it ended, where its adapter is, its parameters."""
+        return _frame([row for search in self._searches for row in search.runs()])
+
+    def end(self) -> None:
+        """Close the experiment; results stay readable."""
+        self._ended = True
+
+    @property
+    def folder(self) -> Path:
+        """The experiment's folder, made at the first call."""
+        if self._folder is None:
+            name, number = self.experiment_name, 1
+            while self._folder is None:
+                try:
+                    (self._parent / name).mkdir(parents=True)
+                    self._folder = self._parent / name
+                except FileExistsError:
+                    number += 1
+                    name = f"{self.experiment_name}_{number}"
+            if number > 1:
+                _log.warning("%s exists; this experiment is %s.", self._parent / self.experiment_name, name)
+            self.experiment_name = name
+        return self._folder
+
+    def _run(
+        self,
+        plans: Sequence[tuple[ConfigGroup, Search]],
+        create_model_fn: CreateModel | None,
+        data: Data,
+        chunks: int,
+        seed: int,
+        timeout_s: float | None,
+    ) -> FitResult:
+        from rapidfire_automl.search import SearchFailed, SearchInterrupted
+
+        done: list[GroupResult] = []
+        failed: list[SearchFailed] = []
+        try:
+            for group, search in plans:
+                found = self._begin(group, search)
+                done.append(found)
+                try:
+                    with quiet_datasets():
+                        self._search(search, found, create_model_fn, data, chunks, seed, timeout_s)
+                except SearchFailed as error:
+                    found.result = error.result
+                    failed.append(error)
+                    _log.error("%s", error)
+                except SearchInterrupted as error:
+                    found.result = error.result
+                    raise
+        finally:
+            rows = [row for search in self._searches for row in search.runs()]
+            (self.folder / "runs.json").write_text(dumps(rows, indent=2), encoding="utf-8")
+        if len(failed) == len(plans):
+            raise failed[-1]
+        return FitResult(done, self.folder)
+
+    def _begin(self, group: ConfigGroup, search: Search) -> GroupResult:
+        from rapidfire_automl.pruners import PolicyPruner
+        from rapidfire_policies import Policy
+
+        pruning = search.pruning
+        study = optuna.create_study(
+            study_name=f"{self.folder.name}-{len(self._searches) + 1}",
+            direction=StudyDirection[search.direction.upper()],
+            sampler=search.sampler,
+            pruner=PolicyPruner(pruning) if isinstance(pruning, Policy) else pruning or optuna.pruners.NopPruner(),
+        )
+        for params in search.queue:
+            study.enqueue_trial(dict(params))
+        if isinstance(group, RFOptuna):
+            group.studies.append(study)
+        last = self._searches[-1] if self._searches else None
+        found = GroupResult(
+            trainer_type=search.trainer_type,
+            model_name=str(search.base["model_name"]),
+            study=study,
+            first_run_id=1 if last is None else last.first_run_id + max(len(last.study.trials), 1),
+            direction=search.direction,
+            metric=_metric_name(search),
+        )
+        self._searches.append(found)
+        return found
+
+    def _search(
+        self,
+        search: Search,
+        found: GroupResult,
+        create_model_fn: CreateModel | None,
+        data: Data,
+        chunks: int,
+        seed: int,
+        timeout_s: float | None,
+    ) -> None:
+        from rapidfire_automl.search import run_search
+
+        run_dir = self.folder / f"search_{len(self._searches)}"
+        model, tokenizer = load_model(search, create_model_fn)
+        metric: Any
+        builtin, metric = builtin_metric(search.metric)
+        options = {
+            "slots": min(self.slots if search.slots is None else search.slots, search.n_trials),
+            "seed": seed,
+            "metric": metric if builtin else answer_metric(metric),
+            "output_dir": run_dir,
+            "chunks": chunks,
+            **({"tokenizer": tokenizer} if tokenizer is not None else {}),
+            **self.executor_options,
+        }
+        with make_executor(model, options) as executor:
+            del model
+            found.records = executor.records
+
+            @executor.objective
+            def objective(trial: optuna.Trial) -> Any:
+                def add(step: int, logged: Mapping[str, Any]) -> None:
+                    found.logs.setdefault((trial.number, step), {}).update(logged)
+
+                return build_trainer(
+                    search.space.suggest(trial),
+                    search.trainer_type,
+                    model=executor.model(trial),
+                    tokenizer=executor.tokenizer,
+                    data=data,
+                    output_dir=run_dir / "trials" / str(trial.number),
+                    seed=seed,
+                    logs=Logs(add),
+                )
+
+            try:
+                found.result = run_search(
+                    executor,
+                    objective,
+                    study=found.study,
+                    n_trials=search.n_trials,
+                    run_dir=run_dir,
+                    timeout_s=timeout_s,
+                    listeners=self.listeners,
+                    mlflow_experiment=self.mlflow_experiment,
+                    facts={"experiment": self.experiment_name, "base": dict(search.base), "metric": found.metric},
+                )
+            finally:
+                found.records = dict(executor.records)
+
+
+def _chunks(num_chunks: int | None, num_shards: int | None) -> int:
+    if num_chunks is not None and num_shards is not None and num_chunks != num_shards:
+        raise ValueError(f"`num_chunks` and `num_shards` mean the same, got {num_chunks} and {num_shards}. Drop one.")
+    name, value = ("num_chunks", num_chunks) if num_chunks is not None else ("num_shards", num_shards)
+    return DEFAULT_CHUNKS if value is None else check_count(name, value)
+
+
+def _check_search(search: Search, create_model_fn: CreateModel | None) -> None:
+    if create_model_fn is not None and not callable(create_model_fn):
+        raise ValueError(f"`create_model_fn` must be a function, got {create_model_fn!r}.")
+    if create_model_fn is None and not search.base["model_name"]:
+        raise ValueError("`model_name` must be given where there is no `create_model_fn`.")
+    if not builtin_metric(search.metric)[0]:
+        configs = search.space.value.values if isinstance(search.space.value, List) else (search.space.value,)
+        if any(config.compute_metrics is None or config.generation_config is None for config in configs):
+            raise ValueError(
+                f"`metric` {search.metric!r} must come from `compute_metrics`, scored on generated answers. Give every "
+                "RFModelConfig a `compute_metrics` and a `generation_config`, or write nll, preference_loss, ..."
+            )
+
+
+def _check_data(train: Any, held_out: Any, chunks: int, searches: Sequence[Search]) -> Data:
+    if train is None:
+        raise ValueError("`train_dataset` must be given.")
+    train = as_dataset("train_dataset", train)
+    if len(train) < chunks:
+        raise ValueError(
+            f"`num_chunks` must be <= the training examples, got {chunks} chunks and {len(train)} examples. "
+            f"Write num_chunks={len(train)} or less."
+        )
+    if held_out is None:
+        return Data(train, _stand_in(train, searches))
+    return Data(train, as_dataset("eval_dataset", held_out))
+
+
+def _stand_in(train: Dataset, searches: Sequence[Search]) -> Dataset:
+    if any(search.steers for search in searches):
+        raise ValueError(
+            "`eval_dataset` must be given: a policy, a pruner or a sampler decides by values on it. Only a grid or "
+            "random search without a policy can do without."
+        )
+    warnings.warn(
+        f"No `eval_dataset`: values are measured on the first {min(SAMPLE_SIZE, len(train))} training examples and say "
+        "nothing about over-fitting.",
+        stacklevel=4,
+    )
+    return train.select(range(min(SAMPLE_SIZE, len(train))))
+
+
+def _check_foreign(foreign: Mapping[str, Any]) -> None:
+    known = ("config_group", "create_model_fn", "train_dataset", "eval_dataset", "num_chunks", "seed", "num_shards")
+    for name in foreign:
+        if name not in _FOREIGN:
+            near = nearest(name, known)
+            raise ValueError(f"`{name}` is no argument of run_fit.{f' Did you mean `{near}`?' if near else ''}")
+        warnings.warn(f"`{name}` is ignored: it means nothing to rapidfire_automl.", stacklevel=3)
+
+
+def _metric_name(search: Search) -> str:
+    metric = builtin_metric(search.metric)[1]
+    if metric is None:
+        return {"SFT": "nll", "DPO": "preference_loss"}[search.trainer_type]
+    return metric if isinstance(metric, str) else getattr(metric, "__name__", "metric")
+
+
+def _frame(rows: Sequence[Mapping[str, Any]]) -> Any:
+    import pandas as pd
+
+    return pd.DataFrame(list(rows))

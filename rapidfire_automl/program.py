@@ -1,0 +1,402 @@
+"""From a search file to a search: everything checked first, then the same engine that Python users have.
+
+`prepare` reads and checks, loads no model, and can be called by itself (`rapidfire-automl run --check`). `execute`
+builds the executor, the study and the objective, and hands them to `run_search`.
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import math
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import optuna
+
+from rapidfire_automl import space as spaces
+from rapidfire_automl.data import check_files, load_data
+from rapidfire_automl.events import Listener
+from rapidfire_automl.fields import TRAINERS, check_fields
+from rapidfire_automl.hints import unknown
+from rapidfire_automl.search import SearchResult, run_search
+from rapidfire_automl.settings import Plugin, Settings, SettingsError
+from rapidfire_automl.space import Space
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+    from rapidfire_automl.executor import RapidFireExecutor
+
+_SAMPLERS = {
+    "tpe": "TPESampler",
+    "random": "RandomSampler",
+    "gp": "GPSampler",
+    "cmaes": "CmaEsSampler",
+    "qmc": "QMCSampler",
+    "nsgaii": "NSGAIISampler",
+}
+_METRICS = ("nll", "preference_loss", "preference_accuracy", "reward_margin")
+
+
+@dataclass(frozen=True)
+class Program:
+    """A search file that was checked.
+
+    Args:
+        settings: What it says.
+        space: `{"args": ..., "lora": ...}`, keyword arguments with `List` and `Range` where there is a choice.
+        train: The training examples.
+        held_out: The examples trials are compared on.
+        sampler: Proposes trials; with `sampler = "grid"` all are proposed beforehand.
+        pruner: Judges them.
+        metric: A name the executor knows, a function, or None for the trainer's own.
+        run_dir: Where the search will be written; not made yet.
+    """
+
+    settings: Settings
+    space: Space
+    train: Dataset
+    held_out: Dataset
+    sampler: optuna.samplers.BaseSampler
+    pruner: optuna.pruners.BasePruner
+    metric: str | Callable[..., Any] | None
+    run_dir: Path
+
+    @property
+    def n_trials(self) -> int:
+        """Trials to run: a grid has no more than its combinations."""
+        if self.settings.search.sampler.name == "grid":
+            return min(self.settings.search.n_trials, len(self.space.grid()))
+        return self.settings.search.n_trials
+
+
+def prepare(settings: Settings, folder: Path, name: str = "search") -> Program:
+    """Check everything that can be checked without a model.
+
+    Args:
+        settings: A search file.
+        folder: Its folder, where the files it names are looked up first.
+        name: Names the run folder where the file does not: `runs/<name>`, or `runs/<name>-2` when that is taken.
+
+    Raises:
+        SettingsError: What is wrong, one line per mistake.
+    """
+    check_files(settings, folder)
+    run_dir = _run_dir(settings.output.dir, name)
+    sampler, pruner = build_sampler(settings), build_pruner(settings)
+    metric = _metric(settings.search.metric)
+    space = check_fields(settings)
+    base = _find_base(settings.base.model, folder)
+    settings = settings.model_copy(update={"base": settings.base.model_copy(update={"model": base})})
+    train, held_out = load_data(settings, folder)
+    _check_steps(settings, space, len(train))
+    program = Program(settings, space, train, held_out, sampler, pruner, metric, run_dir)
+    _try_out(program)
+    _check_base(base)
+    return program
+
+
+def execute(program: Program, listeners: Sequence[Listener] = ()) -> SearchResult:
+    """Run a checked search; see `run_search` for what it writes and raises."""
+    settings = program.settings
+    study = build_study(program)
+    try:
+        executor = build_executor(program)
+    except ValueError as error:
+        raise SettingsError(str(error)) from error
+    return run_search(
+        executor,
+        build_objective(program, executor),
+        study=study,
+        n_trials=program.n_trials,
+        run_dir=program.run_dir,
+        timeout_s=settings.search.timeout_s,
+        listeners=listeners,
+        mlflow_experiment=settings.output.mlflow,
+        facts={
+            "settings": settings.model_dump(),
+            "train_examples": len(program.train),
+            "eval_examples": len(program.held_out),
+        },
+        own=True,
+    )
+
+
+def build_executor(program: Program) -> RapidFireExecutor:
+    """The executor a search file asks for; the base is loaded at its first use."""
+    from rapidfire_automl.executor import RapidFireExecutor
+
+    base, search = program.settings.base, program.settings.search
+    tokenizer = None
+    if base.tokenizer is not None:
+        from transformers import AutoTokenizer
+
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(base.tokenizer)
+        except (OSError, ValueError) as error:
+            raise SettingsError(f"`base.tokenizer`: {base.tokenizer} cannot be loaded: {_first_line(error)}") from error
+    return RapidFireExecutor(
+        base.model,
+        slots=search.slots,
+        chunks=search.chunks,
+        tokenizer=tokenizer,
+        dtype=base.dtype,
+        device=base.device,
+        seed=search.seed,
+        metric=program.metric,
+        eval_batch_size=search.eval_batch_size,
+        output_dir=program.run_dir,
+    )
+
+
+def build_objective(program: Program, executor: Any) -> Callable[[optuna.Trial], Any]:
+    """The function a TRL and Optuna user would have written by hand."""
+    settings = program.settings
+    trainer_name, config_name = TRAINERS[settings.trainer]
+
+    def build(trial: optuna.Trial) -> Any:
+        import trl
+        from peft import LoraConfig
+        from transformers.trainer_callback import PrinterCallback
+
+        choice = program.space.suggest(trial)
+        args = _with_defaults(choice["args"], settings, program.run_dir / "trials" / str(trial.number))
+        trainer = getattr(trl, trainer_name)(
+            model=executor.model(trial),
+            peft_config=LoraConfig(**{"task_type": "CAUSAL_LM", **choice["lora"]}),
+            args=getattr(trl, config_name)(**args),
+            train_dataset=program.train,
+            eval_dataset=program.held_out,
+            processing_class=executor.tokenizer,
+        )
+        trainer.remove_callback(PrinterCallback)  # it prints each log line to stdout when tqdm is off
+        return trainer
+
+    return build
+
+
+def build_study(program: Program) -> optuna.Study:
+    """A new study; with `sampler = "grid"` its trials wait in it."""
+    search = program.settings.search
+    try:
+        study = optuna.create_study(
+            storage=_storage(search.storage),
+            study_name=search.study,
+            direction=search.direction,
+            sampler=program.sampler,
+            pruner=program.pruner,
+        )
+    except optuna.exceptions.DuplicatedStudyError:
+        raise SettingsError(
+            f"`search.study`: {search.storage} already has a study {search.study}; take another name."
+        ) from None
+    except Exception as error:  # every storage has its own kinds of errors
+        raise SettingsError(f"`search.storage`: {search.storage} cannot be opened: {_first_line(error)}") from error
+    if search.sampler.name == "grid":
+        for point in program.space.grid():
+            study.enqueue_trial(point.params)
+    return study
+
+
+def build_sampler(settings: Settings) -> optuna.samplers.BaseSampler:
+    """The sampler, seeded with `search.seed` where it takes a seed and `[search]` gives it none."""
+    plugin = settings.search.sampler
+    if plugin.name == "grid":
+        if plugin.arguments:
+            raise SettingsError("`search.sampler`: a grid takes no arguments; the choices stand in [space].")
+        return optuna.samplers.RandomSampler(seed=settings.search.seed)
+    if ":" in plugin.name:
+        cls = _load(plugin.name, "search.sampler")
+    elif plugin.name in _SAMPLERS:
+        cls = getattr(optuna.samplers, _SAMPLERS[plugin.name])
+    else:
+        raise SettingsError(_no_such("search.sampler", plugin.name, [*_SAMPLERS, "grid"]))
+    sampler: optuna.samplers.BaseSampler
+    sampler = _build(plugin, cls, "search.sampler", optuna.samplers.BaseSampler, settings.search.seed)
+    return sampler
+
+
+def build_pruner(settings: Settings) -> optuna.pruners.BasePruner:
+    """The policy in a `PolicyPruner`, or a stock pruner named like "optuna.pruners:MedianPruner"."""
+    from rapidfire_automl.pruners import PolicyPruner, policy_from_name
+
+    plugin = settings.search.policy
+    if ":" in plugin.name:
+        cls = _load(plugin.name, "search.policy")
+        if inspect.isclass(cls) and issubclass(cls, optuna.pruners.BasePruner):
+            pruner: optuna.pruners.BasePruner = _build(plugin, cls, "search.policy", optuna.pruners.BasePruner)
+            return pruner
+    try:
+        return PolicyPruner(policy_from_name(plugin.name, **plugin.arguments), chunks=settings.search.chunks)
+    except ValueError as error:
+        message = str(error)
+        if message.startswith("`policy`"):
+            raise SettingsError(message.replace("`policy`", "`search.policy`", 1)) from None
+        raise SettingsError(f"`search.policy`: {message}") from None
+
+
+def _build(plugin: Plugin, cls: Any, key: str, kind: type, seed: int | None = None) -> Any:
+    if not (inspect.isclass(cls) and issubclass(cls, kind)):
+        raise SettingsError(f"`{key}`: {plugin.name} is no {kind.__name__}.")
+    takes = set(inspect.signature(cls).parameters)
+    for name in plugin.arguments:
+        if name not in takes:
+            raise SettingsError(unknown(name, takes, key))
+    seeded = {"seed": seed} if seed is not None and "seed" in takes else {}
+    try:
+        return cls(**{**seeded, **plugin.arguments})
+    except Exception as error:  # whatever a class of the user's own raises
+        raise SettingsError(f"`{key}`: {plugin.name} cannot be built: {_first_line(error)}") from error
+
+
+def _load(name: str, key: str) -> Any:
+    """The object that "package.module:Name" means."""
+    module, _, attribute = name.partition(":")
+    try:
+        return getattr(importlib.import_module(module), attribute)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise SettingsError(f"`{key}`: {name} cannot be imported: {_first_line(error)}") from None
+
+
+def _no_such(key: str, name: str, known: Sequence[str]) -> str:
+    return f'`{key}` must be one of {", ".join(known)} or "package.module:Name", got "{name}".'
+
+
+def _metric(name: str | None) -> str | Callable[..., Any] | None:
+    if name is None or name in _METRICS:
+        return name
+    if ":" not in name:
+        raise SettingsError(_no_such("search.metric", name, _METRICS))
+    metric = _load(name, "search.metric")
+    if not callable(metric):
+        raise SettingsError(f"`search.metric`: {name} is no function.")
+    return metric  # type: ignore[no-any-return]
+
+
+def _storage(text: str | None) -> str | optuna.storages.BaseStorage | None:
+    """A URL is taken as it is; a file is a journal if it ends in .log, else SQLite."""
+    if text is None or "://" in text:
+        return text
+    if text.endswith(".log"):
+        from optuna.storages.journal import JournalFileBackend
+
+        return optuna.storages.JournalStorage(JournalFileBackend(text))
+    return f"sqlite:///{text}"
+
+
+def _run_dir(given: str | None, name: str) -> Path:
+    if given is not None:
+        if (Path(given) / "summary.json").exists():
+            raise SettingsError(f"`output.dir`: {given} already holds a search; name another folder.")
+        return Path(given)
+    taken, folder = 1, Path("runs") / name
+    while folder.exists():
+        taken += 1
+        folder = Path("runs") / f"{name}-{taken}"
+    return folder
+
+
+def _find_base(model: str, folder: Path) -> str:
+    """The folder or hub id that `base.model` means."""
+    for path in (folder / model, Path(model).expanduser()):
+        if path.is_dir():
+            if not (path / "config.json").is_file():
+                raise SettingsError(f"`base.model`: {path} holds no model, it has no config.json.")
+            return str(path)
+    if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", model) or model.startswith("."):
+        raise SettingsError(f"`base.model`: there is no folder {model}, and it is no hub id either.")
+    return model
+
+
+def _check_base(model: str) -> None:
+    """Read the base's configuration, a few hundred bytes, so that a misspelt name is found now."""
+    from transformers import AutoConfig
+
+    try:
+        AutoConfig.from_pretrained(model)
+    except Exception as error:  # the hub, the network and the parser have their own kinds of errors
+        raise SettingsError(f"`base.model`: {model} cannot be loaded: {_first_line(error)}") from error
+
+
+def _with_defaults(args: Mapping[str, Any], settings: Settings, output_dir: Path) -> dict[str, Any]:
+    """What the search needs set, under what the file sets."""
+    ours: dict[str, Any] = {
+        "report_to": "none",
+        "save_strategy": "no",
+        "disable_tqdm": True,
+        "seed": settings.search.seed,
+        "output_dir": str(output_dir),
+    }
+    if settings.base.device == "cpu" or (settings.base.device is None and not _accelerator()):
+        ours["use_cpu"] = True  # without it TRL's default, bf16, is refused where there is no GPU
+    return {**ours, **args}
+
+
+def _accelerator() -> bool:
+    import torch
+
+    return torch.accelerator.is_available()
+
+
+def _check_steps(settings: Settings, space: Space, examples: int) -> None:
+    """Every trial must have at least as many optimizer steps as chunks, so that each chunk has one."""
+    args = space.value["args"]
+    if args.get("packing"):
+        return
+    most = {name: _largest(args.get(name, 8 if "batch" in name else 1)) for name in _BATCH}
+    per_epoch = math.ceil(math.ceil(examples / most[_BATCH[0]]) / most[_BATCH[1]])
+    steps = math.ceil(per_epoch * _smallest(args.get("num_train_epochs", 3)))
+    max_steps = _smallest(args.get("max_steps", -1))
+    if max_steps > 0:
+        steps = int(max_steps)
+    if steps < settings.search.chunks:
+        raise SettingsError(
+            f"A trial can be as short as {steps} optimizer steps, fewer than `search.chunks` = "
+            f"{settings.search.chunks}. Take fewer chunks, smaller batches, more epochs or more examples."
+        )
+
+
+_BATCH = ("per_device_train_batch_size", "gradient_accumulation_steps")
+
+
+def _largest(node: Any) -> float:
+    return float(max(node.values) if isinstance(node, spaces.List) else getattr(node, "end", node))
+
+
+def _smallest(node: Any) -> float:
+    return float(min(node.values) if isinstance(node, spaces.List) else getattr(node, "start", node))
+
+
+def _try_out(program: Program) -> None:
+    """Build one configuration of the space, for what only TRL and PEFT themselves can say about it."""
+    import trl
+    from peft import LoraConfig
+
+    corner: dict[str, Any] = {}
+    for name, distribution in program.space.distributions().items():
+        choices = getattr(distribution, "choices", None)
+        corner[name] = choices[0] if choices else getattr(distribution, "low", None)
+    choice = program.space.suggest(optuna.trial.FixedTrial(corner))
+    try:
+        lora = LoraConfig(**{"task_type": "CAUSAL_LM", **choice["lora"]})
+        config = getattr(trl, TRAINERS[program.settings.trainer][1])
+        config(**_with_defaults(choice["args"], program.settings, program.run_dir / "trials" / "0"))
+    except Exception as error:  # both raise what they like
+        raise SettingsError(f"A trial of this search cannot be built: {_first_line(error)}") from error
+    try:
+        from rapidfire_automl.executor.seams import refuse
+    except ImportError:  # moved; the executor itself refuses then
+        return
+    try:
+        refuse(lora)
+    except ValueError as error:
+        raise SettingsError(f"[lora] {error}") from None
+
+
+def _first_line(error: BaseException) -> str:
+    lines = [line for line in str(error).strip().splitlines() if line.strip()]
+    return lines[0].strip() if lines else type(error).__name__

@@ -1,0 +1,419 @@
+"""One search from start to end: drive the executor, keep what happened, and write the run folder.
+
+This is the file to read first. `run_search` is what the command line, `Experiment` and the demo call.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+import threading
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Protocol, Self
+
+from optuna.study import StudyDirection
+
+from rapidfire_automl.events import Event, Listener
+from rapidfire_automl.jsonable import dumps, jsonable
+from rapidfire_automl.versions import installed
+from rapidfire_policies.base import TrialState
+
+if TYPE_CHECKING:
+    import optuna
+
+    from rapidfire_automl.records import TrialRecord
+
+_log = logging.getLogger(__name__)
+
+
+class Executor(Protocol):
+    """What a search needs of `RapidFireExecutor`."""
+
+    @property
+    def slots(self) -> int:
+        """Trials that train at a time."""
+
+    @property
+    def chunks(self) -> int:
+        """Chunks of a whole trial."""
+
+    @property
+    def base_value(self) -> float | None:
+        """The untrained base's value; None before it is known."""
+
+    @property
+    def records(self) -> Mapping[int, TrialRecord]:
+        """What became of each trial so far."""
+
+    def optimize(
+        self, study: optuna.Study, objective: Callable[..., Any], n_trials: int, timeout_s: float | None = None
+    ) -> None:
+        """Search, in one thread's order."""
+
+    def add_listener(self, listener: Listener) -> None:
+        """Have a listener told of every event."""
+
+    def explain(self) -> str:
+        """What the planner chose and why."""
+
+    def __enter__(self) -> Any:
+        """Load the base."""
+
+    def __exit__(self, *error: Any) -> Any:
+        """Free everything."""
+
+
+@dataclass(frozen=True)
+class SearchResult:
+    """What a search found and what it cost.
+
+    Args:
+        best_trial: Number of the best COMPLETE trial with a finite last value, ties to the lower number; or None.
+        best_value: Its last value, in the user's sign.
+        best_params: Its parameters; empty without a best trial.
+        best_adapter: The folder of its adapter in PEFT's layout.
+        base_value: The untrained base's value on the same examples.
+        values: Trial number -> one value per chunk.
+        chunks_used: Chunks trained, of all trials.
+        chunks_if_all_ran: Chunks it would have taken to train every trial to its end. A trial that failed counts
+            with the chunks it did: without a verdict, too, it would have failed there.
+        first_verdict_s: Seconds from the start to the first verdict; None if there was none.
+        wall_s: Seconds from start to end, loading the base included where the executor had not.
+        run_dir: The run folder.
+        summary: `summary.json` as a dictionary; NaN and infinities are strings there.
+    """
+
+    best_trial: int | None
+    best_value: float | None
+    best_params: dict[str, Any]
+    best_adapter: Path | None
+    base_value: float | None
+    values: dict[int, list[float]]
+    chunks_used: int
+    chunks_if_all_ran: int
+    first_verdict_s: float | None
+    wall_s: float
+    run_dir: Path
+    summary: dict[str, Any]
+
+
+class SearchFailed(RuntimeError):
+    """Every trial failed. The run folder is written all the same; `result` is what stands in it."""
+
+    def __init__(self, message: str, result: SearchResult) -> None:
+        super().__init__(message)
+        self.result = result
+
+
+class SearchInterrupted(KeyboardInterrupt):
+    """Ctrl-C. Finished trials are kept, the run folder is written, and `result` is what stands in it."""
+
+    def __init__(self, result: SearchResult) -> None:
+        super().__init__("The search was interrupted.")
+        self.result = result
+
+
+def run_search(
+    executor: Executor,
+    objective: Callable[..., Any],
+    *,
+    study: optuna.Study,
+    n_trials: int,
+    run_dir: str | os.PathLike[str],
+    timeout_s: float | None = None,
+    listeners: Sequence[Listener] = (),
+    mlflow_experiment: str | None = None,
+    facts: Mapping[str, object] | None = None,
+    own: bool = False,
+) -> SearchResult:
+    """Search, and write `events.jsonl`, `summary.json`, `plan.json`, `curves.png` and `timeline.png`.
+
+    Args:
+        executor: A `RapidFireExecutor`, entered or not.
+        objective: Builds and returns a TRL trainer; decorated with `executor.objective` or plain.
+        study: Any Optuna study with one direction.
+        n_trials: Trials to run.
+        run_dir: The run folder; made when missing. Events are appended to those of an earlier search in it.
+        timeout_s: Seconds after which no further trial is started.
+        listeners: Called with every event, after it is in `events.jsonl`.
+        mlflow_experiment: Name of an MLflow experiment to log to, or None for none.
+        facts: Entries to add to the summary (settings, data set, ...); they do not replace ours.
+        own: Whether to enter and close the executor here, so that loading the base is timed and its events are kept;
+            else both are the caller's.
+
+    Returns:
+        What was found. `best_trial` is None when no trial completed with a finite value but some were pruned.
+
+    Raises:
+        SearchFailed: Every trial failed; the message shows the first reasons.
+        SearchInterrupted: Ctrl-C; a `KeyboardInterrupt` that carries the result.
+        ValueError: `n_trials` < 1, or a study with several directions.
+    """
+    if n_trials < 1:
+        raise ValueError(f"`n_trials` must be >= 1, got {n_trials}.")
+    if len(study.directions) != 1:
+        raise ValueError(f"`study` must have one direction, got {len(study.directions)}.")
+    run_dir = Path(run_dir)
+    run_dir.mkdir(parents=True, exist_ok=True)
+    before = set(executor.records)
+    tracker = _mlflow(mlflow_experiment, run_dir)
+    maximize = study.direction is StudyDirection.MAXIMIZE
+    with _Journal(run_dir / "events.jsonl", [*([tracker] if tracker else []), *listeners]) as journal:
+        executor.add_listener(journal)
+        with executor if own else nullcontext():
+            status = "crashed"
+            try:
+                status = _optimize(executor, study, objective, n_trials, timeout_s, before)
+            except SystemExit:  # SIGTERM
+                status = "interrupted"
+                raise
+            finally:
+                records = {n: r for n, r in sorted(executor.records.items()) if n not in before}
+                result = _result(executor, records, journal, run_dir, status, maximize, facts or {})
+                _write(result, executor, records, journal.chunk_ends_s)
+                if tracker is not None:
+                    tracker.finish(result.summary)
+    if status == "interrupted":
+        raise SearchInterrupted(result)
+    if status == "failed":
+        raise SearchFailed(_reasons(records), result)
+    return result
+
+
+def _optimize(
+    executor: Executor,
+    study: optuna.Study,
+    objective: Callable[..., Any],
+    n_trials: int,
+    timeout_s: float | None,
+    before: set[int],
+) -> str:
+    """Drive the executor; how it ended: "complete", "failed" (every trial) or "interrupted"."""
+
+    def all_failed() -> bool:
+        states = [record.state for number, record in executor.records.items() if number not in before]
+        return bool(states) and all(state is TrialState.FAILED for state in states)
+
+    try:
+        executor.optimize(study, objective, n_trials=n_trials, timeout_s=timeout_s)
+    except KeyboardInterrupt:
+        return "interrupted"
+    except RuntimeError:
+        if not all_failed():
+            raise
+    return "failed" if all_failed() else "complete"
+
+
+class _Journal:
+    """The listener that keeps `events.jsonl`, and what only events tell, and passes every event on."""
+
+    def __init__(self, path: Path, listeners: Iterable[Listener]) -> None:
+        self._file = path.open("a", encoding="utf-8")
+        self._listeners = tuple(listeners)
+        self._lock = threading.Lock()
+        self.start_s = time.monotonic()
+        self.first_verdict_s: float | None = None
+        self.chunk_ends_s: dict[int, list[float]] = {}
+
+    def __call__(self, event: Event) -> None:
+        """Write the event down and pass it on; an event that comes after the end is dropped."""
+        with self._lock:
+            if self._file.closed:
+                return
+            if event.kind == "verdict" and self.first_verdict_s is None:
+                self.first_verdict_s = self.elapsed_s
+            if event.kind == "chunk_done" and event.trial is not None:
+                self.chunk_ends_s.setdefault(event.trial, []).append(event.time_s)
+            self._file.write(dumps(event) + "\n")
+            self._file.flush()
+            for listener in self._listeners:
+                listener(event)
+
+    @property
+    def elapsed_s(self) -> float:
+        return time.monotonic() - self.start_s
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        with self._lock:
+            self._file.close()
+
+
+def best_trial(records: Mapping[int, TrialRecord], *, maximize: bool) -> int | None:
+    """The COMPLETE trial with the best finite last value; ties go to the lower number, None without any."""
+    finals = {
+        number: record.values[-1]
+        for number, record in records.items()
+        if record.state is TrialState.COMPLETE and record.values and math.isfinite(record.values[-1])
+    }
+    if not finals:
+        return None
+    return min(finals, key=lambda number: (-finals[number] if maximize else finals[number], number))
+
+
+def _result(
+    executor: Executor,
+    records: Mapping[int, TrialRecord],
+    journal: _Journal,
+    run_dir: Path,
+    status: str,
+    maximize: bool,
+    facts: Mapping[str, object],
+) -> SearchResult:
+    best = best_trial(records, maximize=maximize)
+    record = records[best] if best is not None else None
+    adapter = Path(record.adapter).absolute() if record is not None and record.adapter else None
+    used = sum(len(r.values) for r in records.values())
+    full = sum(len(r.values) if r.state is TrialState.FAILED else executor.chunks for r in records.values())
+    wall_s = journal.elapsed_s
+    summary = {
+        "status": status,
+        "best_trial": best,
+        "best_value": record.values[-1] if record else None,
+        "best_params": record.params if record else None,
+        "best_adapter": adapter,
+        "base_value": executor.base_value,
+        "direction": "maximize" if maximize else "minimize",
+        "values": {n: r.values for n, r in records.items()},
+        "first_verdict_s": journal.first_verdict_s,
+        "chunks_used": used,
+        "chunks_if_all_ran": full,
+        "wall_s": wall_s,
+        "slots": executor.slots,
+        "chunks": executor.chunks,
+        "seed": getattr(executor, "seed", None),
+        "trials": [_trial(r) for r in records.values()],
+        "explain": _explain(executor),
+        "versions": installed(),
+    }
+    return SearchResult(
+        best_trial=best,
+        best_value=record.values[-1] if record else None,
+        best_params=dict(record.params) if record else {},
+        best_adapter=adapter,
+        base_value=executor.base_value,
+        values={n: list(r.values) for n, r in records.items()},
+        chunks_used=used,
+        chunks_if_all_ran=full,
+        first_verdict_s=journal.first_verdict_s,
+        wall_s=wall_s,
+        run_dir=run_dir,
+        summary=jsonable({**summary, **{name: fact for name, fact in facts.items() if name not in summary}}),
+    )
+
+
+def _trial(record: TrialRecord) -> dict[str, Any]:
+    """A trial's entry in the summary: everything but its per-example scores."""
+    return {
+        "number": record.number,
+        "state": record.state,
+        "params": record.params,
+        "values": record.values,
+        "seconds": record.seconds,
+        "tokens": record.tokens,
+        "boundaries": record.boundaries,
+        "verdicts": [{"chunk": c, "verdict": str(v), "reason": reason} for c, v, reason in record.verdicts],
+        "spans": record.spans,
+        "adapter": Path(record.adapter).absolute() if record.adapter else None,
+        "trainer": record.trainer,
+        "fused": record.fused,
+        "why_unfused": record.why_unfused or None,
+        "error": record.error,
+    }
+
+
+def _explain(executor: Executor) -> str | None:
+    """The planner's account; a search that ended before the base was loaded has none."""
+    try:
+        return executor.explain()
+    except Exception as error:  # an account that cannot be given must not cost the results
+        return f"no explanation: {error}"
+
+
+def _write(
+    result: SearchResult,
+    executor: Executor,
+    records: Mapping[int, TrialRecord],
+    chunk_ends_s: Mapping[int, Sequence[float]],
+) -> None:
+    """Write the run folder: the numbers first, and the pictures after them."""
+    from rapidfire_automl import pictures
+
+    plan = getattr(executor, "plan", None)
+    if plan is not None:
+        _replace(result.run_dir / "plan.json", dumps(plan, indent=2))
+        result.summary["plan"] = jsonable(plan)
+    summary_path = result.run_dir / "summary.json"
+    _replace(summary_path, dumps(result.summary, indent=2))
+    if not any(record.values for record in records.values()):
+        return
+    maximize = result.summary["direction"] == "maximize"
+    drawn = {}
+    try:
+        drawn["curves"] = pictures.draw_curves(
+            result.run_dir / "curves.png",
+            records,
+            chunks=executor.chunks,
+            best=result.best_trial,
+            base_value=result.base_value,
+            maximize=maximize,
+        )
+        drawn["timeline"] = pictures.draw_timeline(
+            result.run_dir / "timeline.png",
+            records,
+            chunks=executor.chunks,
+            slots=executor.slots,
+            best=result.best_trial,
+            maximize=maximize,
+            chunk_ends_s=chunk_ends_s,
+        )
+    except Exception as error:  # a picture that cannot be drawn must not cost the results
+        _log.warning("No pictures: %s", error)
+    result.summary["pictures"] = jsonable({name: path.absolute() for name, path in drawn.items()})
+    _replace(summary_path, dumps(result.summary, indent=2))
+
+
+def add_to_summary(result: SearchResult, entries: Mapping[str, object]) -> None:
+    """Add what was found out after the search to its summary, in memory and in `summary.json`."""
+    result.summary.update(jsonable(entries))
+    _replace(result.run_dir / "summary.json", dumps(result.summary, indent=2))
+
+
+def _replace(path: Path, text: str) -> None:
+    """Write a file whole or not at all."""
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(text + "\n", encoding="utf-8")
+    partial.replace(path)
+
+
+def _reasons(records: Mapping[int, TrialRecord], most: int = 3) -> str:
+    """What went wrong, each reason once, with the trials it hit."""
+    hit: dict[str, list[int]] = {}
+    for number, record in records.items():
+        reason = (record.error or "no reason recorded").strip().splitlines()[-1]
+        hit.setdefault(reason, []).append(number)
+    lines = [f"All {len(records)} trials failed."]
+    for reason, numbers in list(hit.items())[:most]:
+        named = ", ".join(map(str, numbers[:5])) + (", ..." if len(numbers) > 5 else "")
+        lines.append(f"trial{'s' if len(numbers) > 1 else ''} {named}: {reason}")
+    if len(hit) > most:
+        lines.append(f"and {len(hit) - most} more reasons in summary.json")
+    return "\n".join(lines)
+
+
+def _mlflow(experiment: str | None, run_dir: Path) -> Any:
+    if experiment is None:
+        return None
+    from rapidfire_automl.tracking import MlflowListener
+
+    return MlflowListener(experiment, run_dir)

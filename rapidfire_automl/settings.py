@@ -1,0 +1,343 @@
+"""A search as a TOML file: its shape, its defaults, and one clear line for every mistake in it.
+
+Nothing here imports torch. What needs TRL's or PEFT's own field lists is checked in `fields.py`, what needs the data
+in `data.py`; `program.py` puts the three together.
+"""
+
+from __future__ import annotations
+
+import math
+import tomllib
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self, get_args
+
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Discriminator,
+    Field,
+    Tag,
+    ValidationError,
+    model_validator,
+)
+
+from rapidfire_automl.hints import unknown
+
+TrainerName = Literal["sft", "dpo"]
+Scalar = bool | int | float | str | None
+
+
+class SettingsError(ValueError):
+    """A search file, or an override of one of its keys, that cannot be run; the message has one line per mistake."""
+
+
+class _Table(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+
+
+class Base(_Table):
+    """`[base]`: the frozen model that all trials share; `base = "name"` is short for `base.model`."""
+
+    model: str = Field(min_length=1)
+    tokenizer: str | None = None
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    device: str | None = None
+
+
+class Data(_Table):
+    """`[data]`: files (.jsonl, .json, .csv, .parquet; beside the search file or in the current folder) or hub ids.
+
+    Give `eval`, or `eval_split` (another split of `train`), or `eval_fraction` (held out of `train` at random).
+    """
+
+    train: str = Field(min_length=1)
+    eval: str | None = None
+    split: str = "train"
+    eval_split: str | None = None
+    eval_fraction: float | None = Field(default=None, gt=0, lt=1)
+    subset: str | None = None
+    max_train: int | None = Field(default=None, ge=1)
+    max_eval: int | None = Field(default=None, ge=1)
+
+    @model_validator(mode="after")
+    def _some_held_out(self) -> Self:
+        if self.eval is None and self.eval_split is None and self.eval_fraction is None:
+            raise ValueError(
+                "`data.eval` is missing: trials are compared on held-out examples. "
+                "Name a file or data set, or hold some out with `eval_fraction = 0.1`."
+            )
+        if self.eval_fraction is not None and (self.eval is not None or self.eval_split is not None):
+            raise ValueError("`data.eval_fraction` and `data.eval` exclude each other; drop one.")
+        return self
+
+
+def _as_number(value: object) -> object:
+    """An int stays an int and a float a float: which of them the bounds are says what is drawn."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        quotes = " Write it without quotes." if isinstance(value, str) and _looks_numeric(value) else ""
+        raise ValueError(f"must be a number, got {_named(value)}.{quotes}")
+    if not math.isfinite(value):
+        raise ValueError(f"must be finite, got {value}.")
+    return value
+
+
+Number = Annotated[Any, BeforeValidator(_as_number)]
+
+
+class Range(_Table):
+    """`{low = 1e-5, high = 1e-2, log = true}`: numbers between two bounds, both included."""
+
+    low: Number
+    high: Number
+    log: bool = False
+    step: Number = None
+
+    @model_validator(mode="after")
+    def _bounds(self) -> Self:
+        if self.low >= self.high:
+            raise ValueError(f"`low` must be below `high`, got {self.low} and {self.high}.")
+        if self.log and self.low <= 0:
+            raise ValueError(f"`low` must be > 0 on a log scale, got {self.low}.")
+        if self.step is not None and (self.log or self.step <= 0):
+            raise ValueError("`step` must be > 0 and does not go with `log = true`.")
+        return self
+
+
+class Plugin(BaseModel):
+    """A sampler or policy: its name, or `"package.module:Class"`, beside the arguments it is built with."""
+
+    model_config = ConfigDict(extra="allow", frozen=True, strict=True)
+    name: str = Field(min_length=1)
+
+    @property
+    def arguments(self) -> dict[str, Any]:
+        """Everything but the name."""
+        return dict(self.__pydantic_extra__ or {})
+
+
+def _named_or(default: str) -> BeforeValidator:
+    """A bare string is a name; a table without one means the default's."""
+
+    def as_table(value: object) -> object:
+        if isinstance(value, Mapping):
+            return {"name": default, **value}
+        return {"name": value} if isinstance(value, str) else value
+
+    return BeforeValidator(as_table)
+
+
+class Search(_Table):
+    """`[search]`: how many trials, how they are judged, and by whom the next one is proposed."""
+
+    n_trials: int = Field(default=16, ge=1)
+    slots: int = Field(default=8, ge=1)
+    chunks: int = Field(default=8, ge=1)
+    seed: int = Field(default=0, ge=0)
+    direction: Literal["minimize", "maximize"] = "minimize"
+    metric: str | None = None
+    eval_batch_size: int = Field(default=16, ge=1)
+    sampler: Annotated[Plugin, _named_or("tpe")] = Plugin(name="tpe")
+    policy: Annotated[Plugin, _named_or("asha")] = Plugin(name="asha")
+    storage: str | None = None
+    study: str | None = None
+    timeout_s: float | None = Field(default=None, gt=0)
+
+
+class Output(_Table):
+    """`[output]`: where the search is written, and an MLflow experiment's name to log to besides."""
+
+    dir: str | None = None
+    mlflow: str | None = None
+
+
+def _as_base(value: object) -> object:
+    return {"model": value} if isinstance(value, str) else value
+
+
+def _flatten_space(value: object) -> object:
+    """`lora.r = [4, 8]` arrives as a nested table; as a key of the space it is "lora.r"."""
+    if not isinstance(value, Mapping):
+        return value
+    flat: dict[str, object] = {}
+    for key, entry in value.items():
+        if key in ("lora", "args") and isinstance(entry, Mapping):
+            flat.update({f"{key}.{name}": inner for name, inner in entry.items()})
+        else:
+            flat[key] = entry
+    return flat
+
+
+def _as_domain(value: object) -> object:
+    if isinstance(value, list):
+        if not value:
+            raise ValueError("needs at least one choice, got [].")
+        bad = [choice for choice in value if isinstance(choice, float) and not math.isfinite(choice)]
+        if bad:
+            raise ValueError(f"choices must be finite, got {bad[0]}.")
+        return value
+    if isinstance(value, (Mapping, Range)):
+        return value
+    raise ValueError(
+        f"must be a list of choices or a range like {{low = 1e-5, high = 1e-2, log = true}}, got {value!r}. "
+        "A fixed value belongs in [args] or [lora]."
+    )
+
+
+Domain = Annotated[
+    Annotated[Range, Tag("range")] | Annotated[list[Any], Tag("choices")],
+    Discriminator(lambda value: "choices" if isinstance(value, list) else "range"),
+    BeforeValidator(_as_domain),
+]
+
+
+class Settings(_Table):
+    """A whole search file."""
+
+    base: Annotated[Base, BeforeValidator(_as_base)]
+    data: Data
+    trainer: TrainerName = "sft"
+    args: dict[str, Any] = Field(default_factory=dict)
+    lora: dict[str, Any] = Field(default_factory=dict)
+    space: Annotated[dict[str, Domain], BeforeValidator(_flatten_space)]
+    search: Search = Search()
+    output: Output = Output()
+
+    @model_validator(mode="after")
+    def _something_to_search(self) -> Self:
+        if not self.space:
+            raise ValueError(
+                "`space` is empty: name at least one field to search, like `learning_rate = {low = 1e-5, high = 1e-2}`."
+            )
+        return self
+
+
+def load_settings(path: str | Path, overrides: Iterable[str] = ()) -> Settings:
+    """Read a search file.
+
+    Args:
+        path: The TOML file.
+        overrides: `key=value` lines as of `--set`, applied in order; see `apply_override`.
+
+    Raises:
+        SettingsError: The file is missing or no TOML, or a key or value in it is wrong; one line per mistake.
+    """
+    path = Path(path)
+    try:
+        raw = tomllib.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise SettingsError(f"There is no file {path}.") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise SettingsError(f"{path} cannot be read: {error}.") from None
+    except tomllib.TOMLDecodeError as error:
+        raise SettingsError(f"{path} is not valid TOML: {error}.") from None
+    return parse_settings(raw, overrides)
+
+
+def parse_settings(raw: Mapping[str, Any], overrides: Iterable[str] = ()) -> Settings:
+    """Check an already read search file; see `load_settings`."""
+    tree = dict(raw)
+    for override in overrides:
+        tree = apply_override(tree, override)
+    try:
+        return Settings.model_validate(tree)
+    except ValidationError as error:
+        lines = dict.fromkeys(_line(problem) for problem in error.errors())
+        raise SettingsError("\n".join(lines)) from None
+
+
+def apply_override(raw: Mapping[str, Any], override: str) -> dict[str, Any]:
+    """Set one key, `search.n_trials=16` or `space.r=[4, 8]`, in a copy of a search file's tree.
+
+    The value is read as TOML; what is no TOML is taken as the string it is, so that paths and names need no quotes.
+
+    Raises:
+        SettingsError: No `=`, or a key that leads through something that is no table.
+    """
+    key, equals, text = override.partition("=")
+    parts = [part.strip() for part in key.split(".")]
+    if not equals or not all(parts):
+        raise SettingsError(f"An override must look like `search.n_trials=16`, got `{override}`.")
+    try:
+        value = tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        value = text.strip()
+    tree = dict(raw)
+    at = tree
+    for depth, part in enumerate(parts[:-1]):
+        inner = at.get(part, {})
+        if isinstance(inner, str) and parts[depth] in ("base", "sampler", "policy"):
+            inner = {"model" if part == "base" else "name": inner}
+        if not isinstance(inner, Mapping):
+            raise SettingsError(f"`{'.'.join(parts[: depth + 1])}` is no table, so `{key.strip()}` cannot be set.")
+        at[part] = dict(inner)
+        at = at[part]
+    at[parts[-1]] = value
+    return tree
+
+
+_TABLES: dict[str, type[BaseModel]] = {"base": Base, "data": Data, "search": Search, "output": Output}
+_WANTED = {"int": "an integer", "float": "a number", "bool": "true or false", "string": "a string", "dict": "a table"}
+
+
+def _line(problem: Any) -> str:
+    """One of pydantic's problems in the house's words."""
+    loc = [str(part) for part in problem["loc"]]
+    if loc[:1] == ["space"] and loc[2:3] in (["range"], ["choices"]):
+        del loc[2]  # the tag of the union's branch is no key
+    where, kind, got = ".".join(loc), str(problem["type"]), problem.get("input")
+    if kind == "extra_forbidden":
+        return unknown(loc[-1], _known(loc[:-1]), ".".join(loc[:-1]))
+    if kind == "missing":
+        return f"`{where}` is missing."
+    if kind == "value_error":
+        message = str(problem["ctx"]["error"])
+        if message.startswith(("`data", "`space")):
+            return message
+        return f"`{where}`: {message}" if message.startswith("`") else f"`{where}` {message}"
+    if kind == "literal_error":
+        return f"`{where}` must be one of {problem['ctx']['expected']}, got {got!r}."
+    bounds = problem.get("ctx", {})
+    for name, sign in (("ge", ">="), ("gt", ">"), ("le", "<="), ("lt", "<")):
+        if name in bounds:
+            return f"`{where}` must be {sign} {bounds[name]}, got {got!r}."
+    if kind == "string_too_short":
+        return f"`{where}` must not be empty."
+    if kind == "finite_number":
+        return f"`{where}` must be finite, got {got!r}."
+    if kind == "int_from_float":
+        return f"`{where}` must be an integer, got {got!r}."
+    wanted = _WANTED.get(kind.removesuffix("_type").removesuffix("_parsing"))
+    if kind.startswith("model"):
+        wanted = "a table"
+    if wanted:
+        quotes = " Write it without quotes." if isinstance(got, str) and _looks_numeric(got) else ""
+        return f"`{where}` must be {wanted}, got {_named(got)}.{quotes}"
+    return f"`{where}`: {problem['msg']} (got {got!r})."
+
+
+def _known(path: list[str]) -> Iterable[str]:
+    if not path:
+        return Settings.model_fields
+    if path[0] == "space":
+        return Range.model_fields
+    table = _TABLES.get(path[0])
+    return table.model_fields if table else ()
+
+
+def _looks_numeric(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return text in ("true", "false")
+    return True
+
+
+def _named(value: object) -> str:
+    return f'the string "{value}"' if isinstance(value, str) else repr(value)
+
+
+def trainer_names() -> tuple[str, ...]:
+    """The trainer kinds a search file may name."""
+    return get_args(TrainerName)

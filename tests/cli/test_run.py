@@ -1,0 +1,170 @@
+"""`rapidfire-automl run`: output, exit codes, what goes to which stream."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner, Result
+
+from rapidfire_automl import program
+from rapidfire_automl.cli import app
+from tests.fake_executor import FakeExecutor
+
+SEARCH = """
+base = "base"
+[data]
+train = "train.jsonl"
+eval = "held.jsonl"
+[args]
+per_device_train_batch_size = 4
+[space]
+learning_rate = { low = 1e-5, high = 1e-2, log = true }
+r = [4, 8]
+[search]
+n_trials = 12
+"""
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "search.toml").write_text(SEARCH)
+    for name, rows in (("train", 64), ("held", 8)):
+        lines = [json.dumps({"prompt": f"{n}+1=", "completion": str(n + 1)}) for n in range(rows)]
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(lines))
+    (tmp_path / "base").mkdir()
+    (tmp_path / "base" / "config.json").write_text('{"model_type": "llama"}')
+    return tmp_path
+
+
+def use(monkeypatch: pytest.MonkeyPatch, **options: Any) -> None:
+    def build(prepared: program.Program) -> FakeExecutor:
+        return FakeExecutor(prepared.settings.search.slots, prepared.settings.search.chunks, **options)
+
+    monkeypatch.setattr(program, "build_executor", build)
+    monkeypatch.setattr(program, "build_objective", lambda prepared, executor: prepared.space.suggest)
+
+
+def call(*words: str) -> Result:
+    return CliRunner().invoke(app, list(words), catch_exceptions=False)
+
+
+def test_run_reports_the_best_and_the_cost(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    use(monkeypatch)
+    result = call("run", "search.toml")
+    assert result.exit_code == 0, result.output
+    summary = json.loads((folder / "runs/search/summary.json").read_text())
+    lines = {line[:10].strip(): line[10:] for line in result.stdout.split("\n\n")[-1].splitlines()}
+    assert lines["Best"].startswith(f"trial {summary['best_trial']} at ")
+    assert "below base 2.31" in lines["Best"]
+    assert f"of the {summary['chunks_if_all_ran']} it takes" in lines["Cost"]
+    assert lines["Curves"] == "runs/search/curves.png"
+    assert summary["settings"]["search"]["n_trials"] == 12
+    assert summary["train_examples"] == 64
+
+
+def test_a_second_run_gets_a_folder_of_its_own(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    use(monkeypatch)
+    assert call("run", "search.toml", "-q").exit_code == 0
+    assert call("run", "search.toml", "-q").exit_code == 0
+    assert (folder / "runs/search-2/summary.json").exists()
+    again = call("run", "search.toml", "-q", "--out", "runs/search")
+    assert again.exit_code == 2
+    assert "already holds a search" in again.stderr
+
+
+def test_json_is_all_there_is_on_stdout(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    use(monkeypatch)
+    monkeypatch.setattr(program, "build_objective", lambda p, executor: lambda t: print("noise") or p.space.suggest(t))
+    result = call("run", "search.toml", "--json", "--n-trials", "3", "--slots", "2", "--chunks", "4", "--seed", "5")
+    assert result.exit_code == 0
+    summary = json.loads(result.stdout)
+    assert (summary["slots"], summary["chunks"], len(summary["trials"])) == (2, 4, 3)
+    assert summary["settings"]["search"]["seed"] == 5
+    assert "noise" in result.stderr
+    assert "trial 0 starts" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["-s", "search.slotz=3"], "did you mean `search.slots`?"),
+        (["--slots", "0"], "`search.slots` must be >= 1, got 0."),
+        (["-s", "args.learning_rat=1e-4"], "did you mean `args.learning_rate`?"),
+        (["-s", "args.warmup_steps='many'"], "`args.warmup_steps` must be a number"),
+        (["-s", "data.train=none.jsonl"], "there is no file none.jsonl"),
+        (["-s", "data.train=empty.jsonl"], "`data.train` is empty"),
+        (["-s", "search.chunks=65"], "has 64 examples, fewer than `search.chunks` = 65"),
+        (["-s", "search.chunks=50"], "as short as 48 optimizer steps"),
+        (["-s", "search.sampler=grid"], "`space.learning_rate` is a range, and a grid needs lists"),
+        (["-s", "search.sampler=tpee"], "`search.sampler` must be one of tpe"),
+        (["-s", "search.policy=asa"], "Did you mean `asha`?"),
+        (["-s", "search.policy.reduction=3"], "`reduction_factor`"),
+        (["-s", "search.metric=none"], "`search.metric` must be one of nll"),
+        (["-s", "base=./nowhere"], "`base.model`: there is no folder ./nowhere"),
+        (["-s", "lora.bias=all"], "unfreezes biases of the base"),
+        (["-s", "lora.init_lora_weights=pissa"], "rewrites the base"),
+        (["-s", "trainer=dpo"], 'trainer dpo needs "chosen" + "rejected"'),
+        (["-s", "args.output_dir=x"], "set `output.dir` instead"),
+    ],
+)
+def test_bad_input_is_one_line_and_exit_code_2(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, words: list[str], expected: str
+) -> None:
+    monkeypatch.setattr(program, "build_executor", lambda prepared: pytest.fail("a model was about to be loaded"))
+    (folder / "empty.jsonl").write_text("")
+    result = call("run", "search.toml", *words)
+    assert result.exit_code == 2
+    assert expected in result.stderr
+    assert len(result.stderr.strip().splitlines()) == 1
+    assert result.stderr.startswith("error: ")
+    assert not (folder / "runs").exists()
+
+
+def test_check_stops_before_the_model(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(program, "build_executor", lambda prepared: pytest.fail("a model was about to be loaded"))
+    result = call("run", "search.toml", "--check")
+    assert result.exit_code == 0
+    assert "The search can be run." in result.stdout
+    assert not (folder / "runs").exists()
+
+
+def test_all_failed(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    use(monkeypatch, fails=dict.fromkeys(range(12), "boom"))
+    result = call("run", "search.toml", "-q")
+    assert result.exit_code == 1
+    assert "All 12 trials failed." in result.stderr
+    assert "RuntimeError: boom" in result.stderr
+    assert "Traceback" not in result.output
+    assert "Traceback" in call("run", "search.toml", "-q", "--debug").stderr
+
+
+def test_ctrl_c(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    use(monkeypatch, interrupt_after=20)
+    result = call("run", "search.toml", "-q")
+    assert result.exit_code == 130
+    assert "Interrupted; finished trials are kept." in result.stderr
+    assert json.loads((folder / "runs/search/summary.json").read_text())["status"] == "interrupted"
+
+
+def test_grid_runs_each_combination_once(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    use(monkeypatch, prune=False)
+    result = call(
+        "run", "search.toml", "--json", "-s", "search.sampler=grid", "-s", "space.learning_rate=[1e-4, 1e-3]",
+        "-s", "space.target_modules=['all-linear', ['q_proj', 'v_proj']]", "--chunks", "2",
+    )  # fmt: skip
+    assert result.exit_code == 0, result.stderr
+    trials = [tuple(map(str, trial["params"].values())) for trial in json.loads(result.stdout)["trials"]]
+    assert len(trials) == len(set(trials)) == 8
+
+
+def test_importing_the_command_line_is_fast() -> None:
+    heavy = "{'torch', 'transformers', 'trl', 'peft', 'datasets', 'accelerate', 'mlflow', 'matplotlib'}"
+    code = f"import sys, rapidfire_automl.cli; print(sorted({heavy} & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"

@@ -1,0 +1,184 @@
+"""`run_search`: what it returns, what it writes, and what is left when things go wrong."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import optuna
+import pytest
+
+from rapidfire_automl.events import Event
+from rapidfire_automl.jsonable import dumps, jsonable
+from rapidfire_automl.search import SearchFailed, SearchInterrupted, SearchResult, run_search
+from tests.fake_executor import FakeExecutor, fake_objective
+
+FILES = {"events.jsonl", "summary.json", "plan.json", "curves.png", "timeline.png"}
+
+
+def search(run_dir: Path, executor: FakeExecutor, n_trials: int = 12, **options: Any) -> SearchResult:
+    study = optuna.create_study(
+        direction=options.pop("direction", "minimize"), sampler=optuna.samplers.RandomSampler(seed=0)
+    )
+    return run_search(executor, fake_objective, study=study, n_trials=n_trials, run_dir=run_dir, **options)
+
+
+def read(run_dir: Path) -> dict[str, Any]:
+    summary = json.loads((run_dir / "summary.json").read_text())
+    assert isinstance(summary, dict)
+    return summary
+
+
+def strict_lines(path: Path) -> list[dict[str, Any]]:
+    def refuse(token: str) -> None:
+        raise AssertionError(f"{token} is no JSON")
+
+    return [json.loads(line, parse_constant=refuse) for line in path.read_text().splitlines()]
+
+
+def test_result_and_run_folder(tmp_path: Path) -> None:
+    executor = FakeExecutor()
+    result = search(tmp_path, executor, facts={"why": "test", "best_trial": "not ours"})
+    assert {path.name for path in tmp_path.iterdir()} == FILES
+    assert result.best_trial is not None
+    complete = {n: v[-1] for n, v in result.values.items() if len(v) == 8}
+    assert result.best_value == min(complete.values()) == complete[result.best_trial]
+    assert result.best_params == executor.records[result.best_trial].params
+    assert result.chunks_used == sum(map(len, result.values.values())) < result.chunks_if_all_ran == 12 * 8
+    assert result.first_verdict_s is not None
+    assert 0 < result.first_verdict_s < result.wall_s
+    summary = read(tmp_path)
+    assert summary == result.summary
+    assert summary["status"] == "complete"
+    assert summary["why"] == "test"
+    assert summary["best_trial"] == result.best_trial
+    assert summary["values"][str(result.best_trial)] == result.values[result.best_trial]
+    assert len(summary["trials"]) == 12
+    assert summary["trials"][0]["verdicts"][0].keys() == {"chunk", "verdict", "reason"}
+    assert Path(summary["pictures"]["curves"]) == tmp_path / "curves.png"
+    assert summary["plan"] == json.loads((tmp_path / "plan.json").read_text())
+
+
+def test_events_are_kept_and_passed_on(tmp_path: Path) -> None:
+    heard: list[Event] = []
+    search(tmp_path, FakeExecutor(), listeners=[heard.append])
+    search(tmp_path, FakeExecutor())
+    lines = strict_lines(tmp_path / "events.jsonl")
+    assert len(lines) == 2 * len(heard)
+    assert [line["kind"] for line in lines[: len(heard)]] == [event.kind for event in heard]
+
+
+def test_not_finite_is_never_the_best_and_never_breaks_json(tmp_path: Path) -> None:
+    values = {0: [1.0, -math.inf], 1: [1.0, math.nan], 2: [0.9, 0.8], 3: [0.7, 0.8]}
+    result = search(tmp_path, FakeExecutor(4, 2, values=values, prune=False), n_trials=4)
+    assert (result.best_trial, result.best_value) == (2, 0.8)
+    lines = strict_lines(tmp_path / "summary.json".replace("summary.json", "events.jsonl"))
+    assert {line["data"].get("value") for line in lines if line["kind"] == "chunk_done"} >= {"NaN", "-Infinity"}
+    assert read(tmp_path)["values"]["0"] == [1.0, "-Infinity"]
+
+
+def test_maximize(tmp_path: Path) -> None:
+    values = {0: [0.1, 0.2], 1: [0.3, 0.6], 2: [0.2, 0.4]}
+    executor = FakeExecutor(4, 2, values=values, prune=False)
+    assert search(tmp_path, executor, n_trials=3, direction="maximize").best_trial == 1
+    assert read(tmp_path)["direction"] == "maximize"
+
+
+def test_a_failed_trial_costs_what_it_trained(tmp_path: Path) -> None:
+    result = search(tmp_path, FakeExecutor(4, 4, fails={1: "boom"}, prune=False), n_trials=4)
+    assert result.chunks_if_all_ran == result.chunks_used == 3 * 4
+    trial = read(tmp_path)["trials"][1]
+    assert (trial["state"], trial["error"], trial["adapter"]) == ("failed", "RuntimeError: boom", None)
+
+
+def test_all_failed(tmp_path: Path) -> None:
+    fails = {n: f"boom {n % 2}" for n in range(6)}
+    with pytest.raises(SearchFailed, match=r"All 6 trials failed\.\ntrials 0, 2, 4: RuntimeError: boom 0") as caught:
+        search(tmp_path, FakeExecutor(fails=fails), n_trials=6)
+    assert caught.value.result.best_trial is None
+    summary = read(tmp_path)
+    assert summary["status"] == "failed"
+    assert summary["best_value"] is None
+    assert summary["first_verdict_s"] is None
+
+
+def test_ctrl_c_keeps_what_is_done(tmp_path: Path) -> None:
+    with pytest.raises(SearchInterrupted) as caught:
+        search(tmp_path, FakeExecutor(4, 4, interrupt_after=18, prune=False))
+    assert isinstance(caught.value, KeyboardInterrupt)
+    assert caught.value.result.best_trial is not None
+    assert read(tmp_path)["status"] == "interrupted"
+    assert {path.name for path in tmp_path.iterdir()} == FILES
+
+
+def test_a_crash_is_not_hidden(tmp_path: Path) -> None:
+    class Broken(FakeExecutor):
+        def optimize(self, *args: Any, **kwargs: Any) -> None:
+            super().optimize(*args, **kwargs)
+            raise RuntimeError("broken")
+
+    with pytest.raises(RuntimeError, match="broken"):
+        search(tmp_path, Broken())
+    assert read(tmp_path)["status"] == "crashed"
+
+
+def test_own_executor_is_entered_and_closed(tmp_path: Path) -> None:
+    executor = FakeExecutor()
+    search(tmp_path, executor, own=True)
+    assert executor.closed
+
+
+def test_earlier_trials_of_the_executor_are_left_out(tmp_path: Path) -> None:
+    executor = FakeExecutor()
+    search(tmp_path / "a", executor, n_trials=3)
+    study = optuna.create_study()
+    for _ in range(3):
+        study.tell(study.ask(), 1.0)
+    result = run_search(executor, fake_objective, study=study, n_trials=2, run_dir=tmp_path / "b")
+    assert sorted(result.values) == [3, 4]
+
+
+def test_arguments(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="`n_trials` must be >= 1, got 0"):
+        search(tmp_path, FakeExecutor(), n_trials=0)
+    study = optuna.create_study(directions=["minimize", "maximize"])
+    with pytest.raises(ValueError, match="one direction"):
+        run_search(FakeExecutor(), fake_objective, study=study, n_trials=1, run_dir=tmp_path)
+
+
+def test_missing_mlflow_names_its_install_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import sys
+
+    monkeypatch.setitem(sys.modules, "mlflow", None)
+    monkeypatch.setitem(sys.modules, "mlflow.tracking", None)
+    with pytest.raises(ImportError, match="pip install 'mlflow"):
+        search(tmp_path, FakeExecutor(), mlflow_experiment="x")
+
+
+@pytest.mark.slow
+def test_mlflow_has_a_run_per_trial(tmp_path: Path) -> None:
+    pytest.importorskip("mlflow")
+    from mlflow.tracking import MlflowClient
+
+    result = search(tmp_path, FakeExecutor(fails={1: "boom"}), n_trials=4, mlflow_experiment="demo")
+    client = MlflowClient(f"sqlite:///{tmp_path / 'mlflow.db'}")
+    experiment = client.get_experiment_by_name("demo")
+    runs = {run.info.run_name: run for run in client.search_runs([experiment.experiment_id])}
+    assert set(runs) == {tmp_path.name, "trial 0", "trial 2", "trial 3"}
+    best = runs[f"trial {result.best_trial}"]
+    history = client.get_metric_history(best.info.run_id, "value")
+    assert [point.value for point in history] == result.values[result.best_trial]  # type: ignore[index]
+    assert runs[tmp_path.name].data.metrics["best_value"] == result.best_value
+
+
+def test_jsonable() -> None:
+    import numpy as np
+
+    assert jsonable({1: (math.nan, math.inf, -math.inf, None, np.float64(1.5), np.arange(2), Path("a/b"))}) == {
+        "1": ["NaN", "Infinity", "-Infinity", None, 1.5, [0, 1], "a/b"]
+    }
+    assert dumps(Event("step", 1.0, data={"step": 3})) == (
+        '{"kind": "step", "time_s": 1.0, "trial": null, "chunk": null, "data": {"step": 3}}'
+    )
