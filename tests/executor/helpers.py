@@ -150,6 +150,7 @@ class Result:
         initial: The adapter before training.
         trainer: The trainer.
         record: The executor's only.
+        trials_per_pass: Trials of a joint pass, on average; the executor's only.
     """
 
     log: list[dict[str, Any]]
@@ -157,6 +158,7 @@ class Result:
     initial: dict[str, torch.Tensor]
     trainer: Trainer
     record: TrialRecord | None = None
+    trials_per_pass: float = 0.0
 
     @property
     def losses(self) -> list[float]:
@@ -211,6 +213,8 @@ def train_together(
     with executor:
         executor.optimize(study, objective, n_trials=len(specs))
         records = dict(executor.records)
+        assert executor._base is not None
+        timing = executor._base.multiplexer.timing
     errors = {number: record.error for number, record in records.items() if record.error}
     assert allow_failures or not errors, errors
     return [
@@ -220,6 +224,7 @@ def train_together(
             initial[i],
             trainers[i],
             record=records[i],
+            trials_per_pass=timing.trials / max(1, timing.passes),
         )
         for i in sorted(records)
     ]

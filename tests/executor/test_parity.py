@@ -199,6 +199,7 @@ def test_trials_that_differ_in_every_knob(base: LlamaForCausalLM, tmp_path: Path
     together = train_together(base, list(specs.values()), tmp_path, chunks=3)
     alone = [train_alone(base, spec, tmp_path / "alone") for spec in specs.values()]
     assert all(result.record is not None and result.record.fused for result in together)
+    assert together[0].trials_per_pass > 0.6 * len(specs)
     assert_parity(together, alone, list(specs))
 
 
