@@ -101,7 +101,7 @@ class Plan:
             fields["tokens_per_s"] = tuple((int(n), float(rate)) for n, rate in fields.get("tokens_per_s", ()))
             fields["short_attention"] = tuple((str(d), int(n)) for d, n in fields.get("short_attention", ()))
             return cls(**fields)
-        except (OSError, TypeError, KeyError, json.JSONDecodeError) as error:
+        except (OSError, AttributeError, TypeError, ValueError) as error:
             raise ValueError(f"`plan` must be a recorded plan (plan.json), could not read {path}: {error}.") from error
 
 

@@ -16,6 +16,22 @@ from rapidfire_automl.executor.arm import Arm
 from rapidfire_automl.executor.passes import Multiplexer
 
 
+class BaseChanged(RuntimeError):
+    """A trial changed the shared base.
+
+    Args:
+        name: Of the first tensor it changed.
+        repaired: Whether the base is as it was: what was unfrozen or replaced is put back, what was written to is not.
+    """
+
+    def __init__(self, name: str, repaired: bool) -> None:
+        super().__init__(
+            f"`{name}` of the shared base was unfrozen, replaced or written to. "
+            "Train adapters only; to merge one, load the saved adapter into a model of your own."
+        )
+        self.repaired = repaired
+
+
 class Base:
     """The frozen base and what stands on it.
 
@@ -80,20 +96,27 @@ class Base:
             repair: Put replaced or unfrozen tensors back before raising, so that the other trials are unharmed.
 
         Raises:
-            RuntimeError: Somebody touched them.
+            BaseChanged: Somebody touched them. Writing through `tensor.data` leaves no trace and is not found.
         """
-        touched = ""
+        touched, written = "", False
         for name, tensor, original, version in self._watched:
             if tensor.requires_grad or tensor.data_ptr() != original.data_ptr() or tensor._version != version:
                 touched = touched or name
+                written = written or tensor._version != version
                 if repair:
                     tensor.requires_grad_(False)
                     tensor.data = original
         if touched:
-            raise RuntimeError(
-                f"A trial changed the shared base ({touched} was unfrozen, replaced or written to). "
-                "Train adapters only; merge them into a model of your own."
-            )
+            raise BaseChanged(touched, repaired=repair and not written)
+
+    @torch.no_grad()
+    def restore(self, fresh: PreTrainedModel) -> None:
+        """Copy a base that was loaded anew over this one."""
+        new = {**dict(fresh.named_parameters()), **dict(fresh.named_buffers())}
+        for name, tensor, _, version in self._watched:
+            if tensor._version != version:
+                tensor.copy_(new[name])
+        self._watched = [(name, t, original, t._version) for name, t, original, _ in self._watched]
 
     def check_arm(self, arm: Arm) -> None:
         """`check`, and that an arm's parameters are where the joint passes read them."""

@@ -17,7 +17,7 @@ import torch
 
 from rapidfire_automl.executor.arm import Arm, Leave
 from rapidfire_automl.executor.context import TrialContext
-from rapidfire_automl.executor.passes import Multiplexer, OpenPass, Part, split_for
+from rapidfire_automl.executor.passes import Multiplexer, OpenPass, Part
 from rapidfire_automl.executor.requests import Backward, Boundary, Forward, Pace
 from rapidfire_automl.executor.seams import is_out_of_memory
 from rapidfire_automl.plan import Plan
@@ -53,6 +53,7 @@ class Conductor:
 
     Args:
         slots: Arms that train at a time.
+        most: Arms that live at a time, paused ones included.
         plan: How passes are split.
         judge: Closes a round.
         tell: Emits an event (kind, arm or None, data).
@@ -62,12 +63,14 @@ class Conductor:
     def __init__(
         self,
         slots: int,
+        most: int,
         plan: Plan,
         judge: Judge,
         tell: Callable[..., None],
         clock: Callable[[], float],
     ) -> None:
         self.slots = slots
+        self.most = most
         self.plan = plan
         self.multiplexer: Multiplexer | None = None
         self._judge = judge
@@ -109,6 +112,10 @@ class Conductor:
         """End the search: every arm leaves at its next request. Callable from any thread, signal handlers too."""
         self._cancelled = True
 
+    def renew(self) -> None:
+        """Make ready for another search after one was cancelled."""
+        self._cancelled = False
+
     @property
     def cancelled(self) -> bool:
         """Whether `cancel` was called."""
@@ -127,7 +134,8 @@ class Conductor:
         while not self._cancelled:
             self._resume_paused()
             free = self.slots - sum(arm.has_slot for arm in self._arms)
-            new = source.offer(free, idle=free == self.slots) if free else []
+            room = min(free, self.most - len(self._arms))
+            new = source.offer(room, idle=free == self.slots) if room > 0 else []
             for arm in new:
                 self._give_slot(arm)
             self._arms = sorted([*self._arms, *new], key=lambda arm: arm.number)
@@ -136,7 +144,7 @@ class Conductor:
                 self._drive(holders, home)
                 if not self._cancelled:
                     self._close_round([arm for arm in holders if not arm.done])
-            elif self._arms and source.exhausted:
+            elif self._arms and (source.exhausted or room <= 0):
                 self._wake_or_end()
             elif source.closed:
                 return
@@ -170,6 +178,8 @@ class Conductor:
             for arm in self._arms:
                 if arm.decision is None or arm.decision.verdict is Verdict.PAUSE:
                     arm.decision = Decision(Verdict.STOP, "paused when the search ended")
+                    arm.record.verdicts.append((len(arm.record.values), "stop", arm.decision.reason))
+                    self._tell("verdict", arm, verdict="stop", reason=arm.decision.reason)
 
     def _end_judged(self, home: TrialContext) -> None:
         """Arms with a final verdict leave before the next round, so that their slots are free for it."""
@@ -229,16 +239,13 @@ class Conductor:
         begin = time.perf_counter()
         try:
             parts, opened = self.multiplexer.forward([(arm, arm.request) for arm in arms])
-        except (torch.OutOfMemoryError, RuntimeError) as error:
-            if not is_out_of_memory(error):
-                raise
-            self._out_of_memory(error)
+        except Exception as error:
+            size = self._smaller(len(arms), error)
             if len(arms) == 1:
                 arms[0].answer = error
                 return
-            middle = len(arms) // 2
-            self._forward(arms[:middle])
-            self._forward(arms[middle:])
+            for start in range(0, len(arms), size):
+                self._forward(arms[start : start + size])
             return
         for arm, part in zip(arms, parts, strict=True):
             arm.answer = part.leaves if part.request.head is not None else part.leaves["hidden"]
@@ -270,30 +277,40 @@ class Conductor:
         return [arm for arm in waiting if not arm.open_passes]
 
     def _run_backward(self, opened: OpenPass) -> dict[Part, BaseException]:
+        """Run a pass's backward, in smaller passes if it fails; returns the error of each part that failed alone."""
         assert self.multiplexer is not None
-        if not any(part.live for part in opened.parts):
+        live = [part for part in opened.parts if part.live]
+        if not live:
             return {}
         try:
             self.multiplexer.backward(opened)
             return {}
-        except (torch.OutOfMemoryError, RuntimeError) as error:
-            if not is_out_of_memory(error):
-                raise
-            self._out_of_memory(error)
+        except Exception as error:
+            opened.hidden = torch.empty(0)
+            size = self._smaller(len(live), error)
+        return self._again(live, size)
+
+    def _again(self, parts: Sequence[Part], size: int) -> dict[Part, BaseException]:
+        """Forward and backward once more in passes of `size` parts; the error of each part that failed alone."""
+        assert self.multiplexer is not None
         failed: dict[Part, BaseException] = {}
-        opened.hidden = torch.empty(0)
-        alone = [[part] for part in opened.parts if part.live]
-        groups = split_for(self.plan, [part for part in opened.parts if part.live]) if len(alone) > 1 else alone
-        for group in groups if len(groups) > 1 else alone:
+        for start in range(0, len(parts), size):
+            group = parts[start : start + size]
             try:
                 self.multiplexer.again(group)
-            except (torch.OutOfMemoryError, RuntimeError) as error:
-                if not is_out_of_memory(error):
-                    raise
-                failed.update(dict.fromkeys(group, error))
+            except Exception as error:
+                smaller = self._smaller(len(group), error)
+                failed.update(self._again(group, smaller) if len(group) > 1 else {group[0]: error})
         return failed
 
-    def _out_of_memory(self, error: BaseException) -> None:
+    def _smaller(self, trials: int, error: Exception) -> int:
+        """How many trials a failed pass is tried with again: half of them if it did not fit, else each alone."""
+        if not is_out_of_memory(error):
+            return 1
+        self._out_of_memory()
+        return max(1, trials // 2)
+
+    def _out_of_memory(self) -> None:
         self.plan = self.plan.halved()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()

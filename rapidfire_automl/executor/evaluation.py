@@ -76,13 +76,7 @@ class Evaluator:
             Value and scores in the study's direction.
         """
         if callable(self.metric):
-            got = self.metric(trainer)
-            scores = np.asarray(got, dtype=np.float64)
-            if not scores.ndim:
-                return Measured(float(scores), np.empty(0))
-            if scores.ndim != 1 or not len(scores):
-                raise ValueError(f"`metric` must return a number or one score an example, got shape {scores.shape}.")
-            return Measured(float(scores.mean()), scores)
+            return _measured(self.metric(trainer))
         name = self._builtin(trainer)
         was_training = trainer.model.training
         trainer.model.eval()
@@ -186,6 +180,22 @@ class Evaluator:
         }[name]()
         scores: NDArray[np.float64] = result.numpy()
         return scores
+
+
+def _measured(got: Any) -> Measured:
+    """What a user's metric has returned."""
+    try:
+        numbers = got.detach().double().cpu() if isinstance(got, Tensor) else got
+        if isinstance(numbers, (str, bytes)) or numbers is None:
+            raise TypeError
+        scores = np.asarray(numbers, dtype=np.float64)
+    except (TypeError, ValueError):
+        scores = np.empty((0, 0))
+    if scores.ndim == 0:
+        return Measured(float(scores), np.empty(0))
+    if scores.ndim != 1 or not len(scores):
+        raise ValueError(f"`metric` must return a number or one score an example, got {got!r:.80}.")
+    return Measured(float(scores.mean()), scores)
 
 
 def _labels(inputs: dict[str, Tensor]) -> Tensor:

@@ -26,13 +26,16 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rapidfire_automl.events import Event, Listener
 from rapidfire_automl.executor import rounds, seams, training
+from rapidfire_automl.executor.arguments import check as check_arguments
+from rapidfire_automl.executor.arguments import check_search
 from rapidfire_automl.executor.arm import Arm, Leave
-from rapidfire_automl.executor.base import Base
+from rapidfire_automl.executor.base import Base, BaseChanged
 from rapidfire_automl.executor.conductor import Conductor
 from rapidfire_automl.executor.context import TrialContext
 from rapidfire_automl.executor.evaluation import Evaluator, Measured, Metric
 from rapidfire_automl.executor.loading import ModelLike, load_base, load_tokenizer
 from rapidfire_automl.executor.planner import plan_for
+from rapidfire_automl.executor.requests import Forward
 from rapidfire_automl.executor.sources import Arrivals, Asking
 from rapidfire_automl.plan import Plan
 from rapidfire_automl.records import TrialRecord
@@ -55,7 +58,7 @@ class RapidFireExecutor:
         dtype: Of the base, as in `from_pretrained`.
         device: Where the base goes; the first GPU if there is one.
         seed: Of the evaluation and of what runs before a trainer sets its own.
-        max_paused: Most trials that may be paused, `slots` by default; counts towards `n_jobs`.
+        max_paused: Trials that may live beside those that train, `slots` by default; counts towards `n_jobs`.
         metric: What a trial is worth: None for the trainer's built-in one (SFT: mean token NLL; DPO: preference loss at
             beta 0.1), a built-in's name ("nll", "preference_loss", "preference_accuracy", "reward_margin"), or a
             function from a trainer to a number or to one score an example.
@@ -97,20 +100,25 @@ class RapidFireExecutor:
         output_dir: str | os.PathLike[str] | None = None,
         listeners: Sequence[Listener] = (),
     ) -> None:
-        for name, value in (("slots", slots), ("chunks", chunks), ("eval_batch_size", eval_batch_size)):
-            if not isinstance(value, int) or value < 1:
-                raise ValueError(f"`{name}` must be >= 1, got {value!r}.")
-        if max_paused is not None and max_paused < 0:
-            raise ValueError(f"`max_paused` must be >= 0, got {max_paused}.")
-        builtin = ("nll", "preference_loss", "preference_accuracy", "reward_margin")
-        if isinstance(metric, str) and metric not in builtin:
-            raise ValueError(f"`metric` must be a function or one of {', '.join(builtin)}, got {metric!r}.")
-        if isinstance(model, PreTrainedModel) and tokenizer is None:
-            raise ValueError("`tokenizer` must be given when `model` is a loaded model.")
+        max_paused = slots if max_paused is None else max_paused
+        check_arguments(
+            model=model,
+            tokenizer=tokenizer,
+            metric=metric,
+            plan=plan,
+            listeners=listeners,
+            dtype=dtype,
+            device=device,
+            slots=slots,
+            chunks=chunks,
+            eval_batch_size=eval_batch_size,
+            seed=seed,
+            max_paused=max_paused,
+        )
         self.slots = slots
         self.chunks = chunks
         self.seed = seed
-        self.max_paused = slots if max_paused is None else max_paused
+        self.max_paused = max_paused
         self.base_value: float | None = None
         self.base_scores: NDArray[np.float64] | None = None
         self._model_like = model
@@ -128,6 +136,7 @@ class RapidFireExecutor:
         self._error: BaseException | None = None
         self._stopping = False
         self._base_taken = False
+        self._study_name = ""
         self._local = threading.local()
         self._exit = ExitStack()
         self._opening = threading.Lock()
@@ -150,8 +159,8 @@ class RapidFireExecutor:
 
     @property
     def records(self) -> Mapping[int, TrialRecord]:
-        """What is known of each trial, by number."""
-        return self._records
+        """What is known of each trial so far, by number."""
+        return dict(sorted(self._records.items()))
 
     @property
     def plan(self) -> Plan | None:
@@ -192,6 +201,7 @@ class RapidFireExecutor:
         """
 
         def objective(trial: optuna.Trial) -> float:
+            self._begin(trial.study)
             self._open(serving=True)
             assert self._arrivals is not None
             arm = self._arm(trial)
@@ -199,12 +209,14 @@ class RapidFireExecutor:
             kind, value, reason = self._run(arm, build)
             self._arrivals.gone()
             if self._error is not None:
-                raise RuntimeError("The executor has failed.") from self._error
-            if kind == "cancelled":
+                raise RuntimeError(f"The search has failed. {self._error}") from self._error
+            if kind == "cancelled" and self._stopping:
+                trial.study.stop()
+            elif kind == "cancelled":
                 raise KeyboardInterrupt
             if kind == "pruned":
                 raise optuna.TrialPruned(reason)
-            return float("nan") if kind == "failed" or value is None else value
+            return float("nan") if kind != "complete" or value is None else value
 
         objective.__wrapped__ = build  # type: ignore[attr-defined]
         objective.__name__ = getattr(build, "__name__", "objective")
@@ -220,13 +232,16 @@ class RapidFireExecutor:
             timeout_s: No trial is asked for after so many seconds; those that run go on.
 
         Raises:
-            ValueError: `n_trials` is below 1.
+            ValueError: `n_trials` is below 1, `objective` is no function, or the study has several objectives.
             RuntimeError: Every trial failed; the message has the first error.
             KeyboardInterrupt: Ctrl-C; finished trials are in the study.
         """
-        if n_trials < 1:
-            raise ValueError(f"`n_trials` must be >= 1, got {n_trials}.")
+        check_search(objective, n_trials)
+        self._begin(study)
         build = getattr(objective, "__wrapped__", objective)
+        self._stopping, self._error = False, None
+        if self._conductor is not None:
+            self._conductor.renew()
         self._open(serving=False)
         assert self._conductor is not None
         threads: dict[int, threading.Thread] = {}
@@ -247,7 +262,7 @@ class RapidFireExecutor:
 
         def retire(arm: Arm) -> None:
             threads.pop(arm.number).join()
-            kind, value, _ = outcomes.pop(arm.number)
+            kind, value, _ = outcomes.pop(arm.number, ("failed", None, ""))
             if local is not None:  # a sampler that has seen all of its grid may stop the study from `tell`
                 local.in_optimize_loop = True
             try:
@@ -333,6 +348,8 @@ class RapidFireExecutor:
         if error is not None and self._conductor is not None:
             self._conductor.cancel()
         self.close()
+        if error is None:  # with several jobs, Optuna drops the exceptions of the last trials
+            self._raise_error()
 
     # -- opening -----------------------------------------------------------------------------------------------------
 
@@ -353,7 +370,7 @@ class RapidFireExecutor:
                     self._plan = plan_for(self._base, self.slots)
                 plan = self._plan
                 self._base.multiplexer.use(plan)
-                self._conductor = Conductor(self.slots, plan, self._judge, self._tell, self._clock)
+                self._conductor = Conductor(self.slots, self.n_jobs, plan, self._judge, self._tell, self._clock)
                 self._conductor.multiplexer = self._base.multiplexer
                 logger.info("Plan: %s", plan.reason)
                 self._tell(
@@ -399,14 +416,22 @@ class RapidFireExecutor:
         raise KeyboardInterrupt
 
     def _raise_error(self) -> None:
-        if self._error is not None:
-            raise self._error
+        error, self._error = self._error, None
+        if error is not None:
+            raise error
 
     # -- one trial, in its own thread --------------------------------------------------------------------------------
 
+    def _begin(self, study: optuna.Study) -> None:
+        """Take a study; what is known of another's trials is forgotten, since numbers start anew."""
+        if len(study.directions) != 1:
+            raise ValueError(f"`study` must have one objective, got {len(study.directions)}.")
+        with self._opening:
+            if study.study_name != self._study_name:
+                self._study_name = study.study_name
+                self._records.clear()
+
     def _arm(self, trial: optuna.Trial) -> Arm:
-        if len(trial.study.directions) != 1:
-            raise ValueError("The executor needs a study with one objective.")
         record = TrialRecord(trial.number)
         self._records[trial.number] = record
         minimize = trial.study.direction == StudyDirection.MINIMIZE
@@ -433,8 +458,10 @@ class RapidFireExecutor:
             arm.record.error = reason
         except optuna.TrialPruned as pruned:
             kind, reason = "pruned", str(pruned)
-        except Exception as error:
+        except BaseException as error:
             reason = arm.record.error = f"{type(error).__name__}: {error}"
+            if isinstance(error, BaseChanged) and not error.repaired:
+                self._mend_base(arm)
             logger.warning("Trial %d failed. %s", arm.number, reason)
             logger.debug("%s", traceback.format_exc())
             arm.trial.set_user_attr("rapidfire:error", reason)
@@ -443,15 +470,17 @@ class RapidFireExecutor:
             arm.walks = None
             states = {"complete": TrialState.COMPLETE, "pruned": TrialState.STOPPED}
             arm.record.state = states.get(kind, TrialState.FAILED)
-            self._tell(
-                "trial_ended",
-                arm,
-                state="failed" if kind == "cancelled" else kind,
-                value=value,
-                reason=reason,
-                adapter=arm.record.adapter,
-            )
-            conductor.leave(arm)
+            try:
+                self._tell(
+                    "trial_ended",
+                    arm,
+                    state="failed" if kind == "cancelled" else kind,
+                    value=value,
+                    reason=reason,
+                    adapter=arm.record.adapter,
+                )
+            finally:
+                conductor.leave(arm)
         return kind, value, reason
 
     def _train(self, arm: Arm, build: Builder) -> Outcome:
@@ -461,6 +490,8 @@ class RapidFireExecutor:
         trainer = None
         try:
             trainer = build(arm.trial)
+        except StopIteration as error:
+            raise ValueError("`train_dataset` must not be empty: TRL asked for its first example.") from error
         finally:
             record.params = dict(arm.trial.params)
             base.check(repair=True)
@@ -484,17 +515,36 @@ class RapidFireExecutor:
         arm.trial.set_user_attr("rapidfire:adapter", arm.record.adapter)
         return "complete", value, reason
 
+    def _mend_base(self, arm: Arm) -> None:
+        """A trial wrote into the base: load it again, or end the search where that is not possible."""
+        conductor, base = self._conductor, self._base
+        assert conductor is not None
+        assert base is not None
+        if isinstance(self._model_like, PreTrainedModel):
+            self._error = RuntimeError(f"The search was ended by trial {arm.number}. {arm.record.error}")
+            conductor.cancel()
+        else:
+            base.restore(load_base(self._model_like, self._dtype, self._device))
+
     def _host(self, base: Base, conductor: Conductor) -> training.Host:
         def take_base() -> bool:
             taken, self._base_taken = self._base_taken, True
             return not taken
 
-        def keep_base(measured: Measured) -> None:
+        def keep_base(measured: Measured | None) -> None:
+            if measured is None:
+                self._base_taken = False
+                return
             self.base_value, self.base_scores = measured.value, measured.scores
             self._tell("base_evaluated", None, value=measured.value)
 
+        def submit(arm: Arm, request: Any) -> Any:
+            if not isinstance(request, Forward):  # whoever wrote to the base is still at work here
+                base.check(repair=True)
+            return conductor.submit(arm, request)
+
         return training.Host(
-            submit=conductor.submit,
+            submit=submit,
             join=base.join,
             part=base.part,
             evaluator=self._evaluator,

@@ -43,12 +43,16 @@ def load_tokenizer(model: ModelLike, tokenizer: Any) -> PreTrainedTokenizerBase:
     """The tokenizer given, or the one beside the model; padded with EOS if it has no padding token.
 
     Raises:
-        ValueError: A loaded model came without one.
+        ValueError: A loaded model came without one, or none can be loaded.
     """
     if tokenizer is None:
         if isinstance(model, PreTrainedModel):
             raise ValueError("`tokenizer` must be given when `model` is a loaded model.")
-        tokenizer = AutoTokenizer.from_pretrained(os.fspath(model))
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(os.fspath(model))
+        except (OSError, ValueError) as error:
+            first = str(error).strip().splitlines()[0]
+            raise ValueError(f"`tokenizer` could not be loaded from {os.fspath(model)!r}: {first} Pass one.") from error
     if getattr(tokenizer, "pad_token", None) is None and getattr(tokenizer, "eos_token", None) is not None:
         tokenizer.pad_token = tokenizer.eos_token
     assert isinstance(tokenizer, PreTrainedTokenizerBase)

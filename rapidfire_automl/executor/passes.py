@@ -419,11 +419,6 @@ class _Replay:
         """The draws were counted the first time."""
 
 
-def split_for(plan: Plan, parts: Sequence[Part]) -> list[list[Part]]:
-    """Parts of a pass that has to be run in smaller ones."""
-    return plan.split(list(parts))
-
-
 def _is_right_padded(mask: Tensor) -> bool:
     return bool((mask[:, 1:] <= mask[:, :-1]).all()) and bool(mask[:, 0].all())
 

@@ -20,7 +20,7 @@ def report(arms: Sequence[Arm]) -> None:
 
 
 def history(records: Iterable[TrialRecord], *, minimize: bool, chunks: int, slots: int) -> History:
-    """The search as a policy sees it, lower is better.
+    """The search as a policy sees it, lower is better. Trials that still wait for a slot are left out.
 
     Args:
         records: All trials.
@@ -40,6 +40,7 @@ def history(records: Iterable[TrialRecord], *, minimize: bool, chunks: int, slot
                 params=dict(record.params),
             )
             for record in sorted(records, key=lambda r: r.number)
+            if record.values or record.state is not TrialState.RUNNING
         ),
         chunks=chunks,
         slots=slots,

@@ -81,7 +81,7 @@ def refuse(config: Any) -> None:
 
 @contextmanager
 def guarded_injection(is_ours: Callable[[nn.Module], bool]) -> Iterator[None]:
-    """While open, an adapter that would rewrite the base is refused before PEFT touches a shared clone."""
+    """While open, adapters that would rewrite the base, and merging, are refused before PEFT touches a shared clone."""
     original = BaseTuner.inject_adapter
 
     def inject(self: BaseTuner, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> Any:
@@ -89,11 +89,30 @@ def guarded_injection(is_ours: Callable[[nn.Module], bool]) -> Iterator[None]:
             refuse(self.peft_config[adapter_name])
         return original(self, model, adapter_name, *args, **kwargs)
 
+    def refused(name: str) -> Callable[..., Any]:
+        own = getattr(BaseTuner, name)
+
+        def merge(self: BaseTuner, *args: Any, **kwargs: Any) -> Any:
+            if is_ours(self.model):
+                raise RuntimeError(
+                    f"`{name}` would write into the base, which all trials share. "
+                    "Load the saved adapter into a model of your own and merge it there."
+                )
+            return own(self, *args, **kwargs)
+
+        return merge
+
+    names = ("merge_adapter", "merge_and_unload")
+    originals = {name: getattr(BaseTuner, name) for name in names}
     BaseTuner.inject_adapter = inject
+    for name in names:
+        setattr(BaseTuner, name, refused(name))
     try:
         yield
     finally:
         BaseTuner.inject_adapter = original
+        for name, own in originals.items():
+            setattr(BaseTuner, name, own)
 
 
 def why_unfusable_base(model: PreTrainedModel) -> str:

@@ -37,8 +37,8 @@ class Host:
         chunks: Of a whole trial.
         seed: Of the evaluation's generator.
         tell: Emits an event.
-        measure_base: Whether this arm is the first, and measures the untrained base; asked once.
-        keep_base: Takes what it measured.
+        measure_base: Whether this arm is to measure the untrained base: the first, or the next if that fails.
+        keep_base: Takes what it measured, or None if it failed.
         check: Raises if the base's tensors were touched, or the arm's were replaced.
         folder: Where a trial's files go.
         joint_head: Whether the base's head can join.
@@ -84,8 +84,12 @@ class ChunkCallback(TrainerCallback):
             fused=arm.record.fused,
         )
         if host.measure_base():
-            with generators_of_its_own(host.seed), self._trainer.model.disable_adapter():
-                host.keep_base(host.evaluator.measure(self._trainer, minimize=arm.minimize))
+            measured = None
+            try:
+                with generators_of_its_own(host.seed), self._trainer.model.disable_adapter():
+                    measured = host.evaluator.measure(self._trainer, minimize=arm.minimize)
+            finally:
+                host.keep_base(measured)
 
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -112,8 +116,10 @@ class ChunkCallback(TrainerCallback):
         host.check(arm)
         if arm.walks is not None:
             arm.walks.refresh()
+        flags = dict(vars(control))
         with generators_of_its_own(host.seed):
             measured = host.evaluator.measure(self._trainer, minimize=arm.minimize)
+        vars(control).update(flags)  # a metric that calls `trainer.evaluate()` would swallow this step's log
         decision = host.submit(arm, Boundary(done + 1, measured.value, measured.scores))
         if isinstance(decision, Decision) and decision.verdict in (Verdict.STOP, Verdict.COMPLETE):
             control.should_training_stop = True
@@ -183,6 +189,10 @@ def check_trainer(trainer: Any) -> PeftModel:
             "The trainer trains the whole model: full fine-tuning can't share a base. "
             "Pass `peft_config=LoraConfig(...)` to it."
         )
+    if isinstance(trainer.args.learning_rate, str):
+        raise ValueError(f"`learning_rate` must be a number, got {trainer.args.learning_rate!r}. Leave out the quotes.")
+    if hasattr(trainer.train_dataset, "__len__") and not len(trainer.train_dataset):
+        raise ValueError("`train_dataset` must not be empty.")
     return model
 
 
