@@ -314,5 +314,6 @@ def _limit(memory_bytes: int | None) -> None:
 def _quiet() -> None:
     datasets.disable_progress_bars()
     transformers.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     logging.getLogger("rapidfire_automl").setLevel(logging.ERROR)
