@@ -383,6 +383,12 @@ def _write(
     _replace(summary_path, dumps(result.summary, indent=2))
 
 
+def add_to_summary(result: SearchResult, entries: Mapping[str, object]) -> None:
+    """Add what was found out after the search to its summary, in memory and in `summary.json`."""
+    result.summary.update(jsonable(entries))
+    _replace(result.run_dir / "summary.json", dumps(result.summary, indent=2))
+
+
 def _replace(path: Path, text: str) -> None:
     """Write a file whole or not at all."""
     partial = path.with_name(path.name + ".partial")

@@ -131,6 +131,7 @@ class RapidFireExecutor:
         self._local = threading.local()
         self._exit = ExitStack()
         self._opening = threading.Lock()
+        self._finished = threading.Event()  # `Thread.join` may return early when Ctrl-C interrupts it
         self._born_s = time.perf_counter()
 
     # -- what users call ---------------------------------------------------------------------------------------------
@@ -264,13 +265,12 @@ class RapidFireExecutor:
             study._stop_flag = False
         source = Asking(study, n_trials, start, timeout_s)
         self._conduct(source, retire)
-        assert self._thread is not None
         try:
-            while self._thread.is_alive():
-                self._thread.join(0.2)
+            while not self._finished.wait(0.2):
+                pass
         except BaseException:
             self._conductor.cancel()
-            self._thread.join()
+            self._finished.wait()
             raise
         self._raise_error()
         if self._conductor.cancelled and not self._stopping:
@@ -311,8 +311,8 @@ class RapidFireExecutor:
         """Free the base, the adapters and the threads."""
         if self._arrivals is not None:
             self._arrivals.close()
-        if self._thread is not None and self._thread is not threading.current_thread():
-            self._thread.join()
+        if self._thread is not None:
+            self._finished.wait()
         self._exit.close()
         self._base = self._conductor = self._arrivals = self._thread = None
         gc.unfreeze()
@@ -385,7 +385,9 @@ class RapidFireExecutor:
                 conductor.run(source, retire, home)
             finally:
                 home.enter()
+                self._finished.set()
 
+        self._finished.clear()
         self._thread = threading.Thread(target=body, name="conductor", daemon=True)
         self._thread.start()
 
@@ -418,8 +420,8 @@ class RapidFireExecutor:
         value, reason = None, ""
         while not arm.go.wait(0.2):
             if conductor.cancelled and arm not in conductor.arms:
-                arm.record.state = TrialState.FAILED
-                return "cancelled", None, "the search was ended"
+                arm.record.state, arm.record.error = TrialState.FAILED, "the search was ended"
+                return "cancelled", None, arm.record.error
         try:
             if conductor.cancelled:
                 raise Leave
@@ -428,6 +430,7 @@ class RapidFireExecutor:
             kind, value, reason = self._train(arm, build)
         except Leave:
             kind, reason = "cancelled", "the search was ended"
+            arm.record.error = reason
         except optuna.TrialPruned as pruned:
             kind, reason = "pruned", str(pruned)
         except Exception as error:
@@ -546,7 +549,10 @@ class RapidFireExecutor:
             data=data,
         )
         for listener in self._listeners:
-            listener(event)
+            try:
+                listener(event)
+            except Exception:
+                logger.exception("A listener failed on %s; the search goes on.", event.kind)
 
     def _clock(self) -> float:
         return time.perf_counter() - self._born_s

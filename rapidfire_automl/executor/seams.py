@@ -13,7 +13,7 @@ from __future__ import annotations
 import copy
 import inspect
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -219,6 +219,8 @@ class Seam:
     outside: int = 0
     _checkpointed: Any = None
     _adapted: Any = None
+    _off: int = 0
+    _own_disable: Callable[[], Any] = nullcontext
     _undo: list[Callable[[], None]] = field(default_factory=list)
 
     def open(self) -> None:
@@ -236,6 +238,7 @@ class Seam:
                 self._cut_head(causal, decoder, spec)
         if self.fused:
             self._cut_backward()
+            self._cut_disable_adapter()
 
     def close(self) -> None:
         """Take the cuts out again."""
@@ -275,7 +278,7 @@ class Seam:
             grad=grad,
             autocast=autocast_dtype(ids.device.type),
             checkpointing=grad and layer is not None and layer.gradient_checkpointing and layer.training,
-            adapter=not (self._adapted is not None and self._adapted.disable_adapters),
+            adapter=not self._off and not (self._adapted is not None and self._adapted.disable_adapters),
         )
 
     def _cut_decoder(self, decoder: nn.Module) -> None:
@@ -289,7 +292,8 @@ class Seam:
                 self.pace()
             if request is None:
                 self.outside += 1
-                return own(**kwargs)
+                with self._own_disable() if self._off else nullcontext():
+                    return own(**kwargs)
             return BaseModelOutputWithPast(last_hidden_state=self.submit(request))
 
         self._replace(decoder, "forward", forward)
@@ -323,6 +327,20 @@ class Seam:
             return FusedCausalLMOutput(loss=-fields["log_probs"].sum() / count, label_mask=mask, **fields)
 
         self._replace(causal, "forward", forward)
+
+    def _cut_disable_adapter(self) -> None:
+        """A reference pass needs a flag; PEFT's own switch walks the model three times, at every step of DPO."""
+        self._own_disable = self.model.disable_adapter
+
+        @contextmanager
+        def disable_adapter() -> Iterator[None]:
+            self._off += 1
+            try:
+                yield
+            finally:
+                self._off -= 1
+
+        self._replace(self.model, "disable_adapter", disable_adapter)
 
     def _cut_backward(self) -> None:
         accelerator = self.trainer.accelerator

@@ -1,0 +1,50 @@
+"""The READMEs' code runs, on the tests' tiny model instead of SmolLM2 and with fewer trials."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+from tests.tiny.data import sums
+
+ROOT = Path(__file__).parent.parent
+SMALLER = {
+    "HuggingFaceTB/SmolLM2-135M-Instruct": str(ROOT / "tests" / "tiny" / "model"),
+    "n_trials=32": "n_trials=5",
+    "slots=8": "slots=4",
+    "num_runs=8": "num_runs=3",
+}
+
+
+def blocks(path: Path, language: str) -> list[str]:
+    """The fenced code of one language, in order."""
+    return re.findall(rf"```{language}\n(.*?)```", path.read_text(encoding="utf-8"), flags=re.DOTALL)
+
+
+@pytest.mark.slow
+def test_the_readme_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.chdir(tmp_path)
+    sums(48, seed=0).to_json("train.jsonl")
+    sums(16, seed=1).to_json("eval.jsonl")
+    code = blocks(ROOT / "README.md", "python")
+    assert len(code) == 2
+    names: dict[str, object] = {"__name__": "__main__"}
+    for block in code:
+        for old, new in SMALLER.items():
+            block = block.replace(old, new)
+        exec(compile(block, "README.md", "exec"), names)
+    study = names["study"]
+    assert len(study.trials) == 5  # type: ignore[attr-defined]
+    adapter = Path(study.best_trial.user_attrs["rapidfire:adapter"])  # type: ignore[attr-defined]
+    assert (adapter / "adapter_model.safetensors").is_file()
+    assert capsys.readouterr().out
+
+
+def test_every_file_the_readme_names_exists() -> None:
+    plain = (ROOT / "README.md").read_text(encoding="utf-8").split("```")[1::2]
+    (tree,) = [block for block in plain if "seams.py" in block]
+    folders = [ROOT, ROOT / "rapidfire_automl", ROOT / "rapidfire_automl" / "executor"]
+    for name in re.findall(r"[\w/]+(?:\.py|/)(?=\s)", tree):
+        assert any((folder / name).exists() for folder in folders), name
