@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -32,7 +32,7 @@ class Measured:
 
     Args:
         value: The mean of `scores`, or what the metric returned.
-        scores: Per example, shape `(examples,)`; empty where the metric gives one number.
+        scores: Per example, shape `(examples,)`; empty where the metric gives one number, or the order is lost by packing.
     """
 
     value: float
@@ -87,7 +87,7 @@ class Evaluator:
             trainer.model.train(was_training)
         if minimize == (name in ("preference_accuracy", "reward_margin")):
             scores = -scores
-        return Measured(float(scores.mean()), scores)
+        return Measured(float(scores.mean()), np.empty(0) if _is_packed(trainer.eval_dataset) else scores)
 
     def _builtin(self, trainer: Trainer) -> str:
         mine: tuple[str, ...]
@@ -120,16 +120,20 @@ class Evaluator:
             if not trainer.args.remove_unused_columns:
                 names = part.column_names
             columns = {name: part[name][:] for name in names}
-            rows += [{name: columns[name][i] for name in names} for i in range(len(part))]
+            for i in range(len(part)):
+                rows += _unpacked({name: columns[name][i] for name in names})
         if not rows:
             raise ValueError("`eval_dataset` must not be empty.")
-        key = hashlib.sha256(repr(rows).encode()).hexdigest() + type(trainer.data_collator).__name__
+        collate = trainer.data_collator
+        if getattr(collate, "padding_free", False):  # it makes one row of all examples
+            collate = replace(collate, padding_free=False)
+        key = hashlib.sha256(repr(rows).encode()).hexdigest() + type(collate).__name__
         if key not in self._batches:
             order = sorted(range(len(rows)), key=lambda i: (-_length(rows[i]), i))
             batches = []
             for start in range(0, len(order), self.batch_size):
                 places = order[start : start + self.batch_size]
-                batch = trainer.data_collator([dict(rows[i]) for i in places])
+                batch = collate([dict(rows[i]) for i in places])
                 batches.append((places, batch))
             self._batches[key] = batches
         self._keys[trainer] = key
@@ -202,6 +206,23 @@ def _labels(inputs: dict[str, Tensor]) -> Tensor:
 
 def _model_inputs(inputs: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name: inputs[name] for name in ("input_ids", "attention_mask", "position_ids") if name in inputs}
+
+
+def _is_packed(sets: Any) -> bool:
+    """Whether a data set's rows hold several examples each, in an order of TRL's."""
+    parts = sets.values() if isinstance(sets, dict) else [sets]
+    return any("seq_lengths" in part.column_names for part in parts)
+
+
+def _unpacked(row: dict[str, Any]) -> list[dict[str, Any]]:
+    """The examples of a packed row; other rows are one."""
+    row = dict(row)
+    lengths = row.pop("seq_lengths", None)
+    if lengths is None:
+        return [row]
+    ends = np.cumsum(lengths).tolist()
+    spans = zip([0, *ends], ends, strict=False)
+    return [{name: values[start:end] for name, values in row.items()} for start, end in spans]
 
 
 def _length(row: dict[str, Any]) -> int:

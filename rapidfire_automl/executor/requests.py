@@ -57,8 +57,13 @@ class Forward:
 
     @property
     def kind(self) -> tuple[Any, ...]:
-        """Requests of one kind can share a pass."""
-        return (self.grad, self.autocast)
+        """Requests of one kind can share a pass.
+
+        Packed rows are told from each other by their position ids, which counts only where the pass has no mask; and the
+        dense mask it becomes would cost their neighbours the causal kernel.
+        """
+        packed = self.position_ids is not None and self.attention_mask is None
+        return (self.grad, self.autocast, packed)
 
     def with_head(self, head: HeadSpec, targets: Tensor, scored: Tensor) -> Forward:
         """The same pass, scored."""

@@ -37,6 +37,8 @@ Submit = Callable[[Any], Any]
 
 _REWRITES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga", "mica")
 _PLAIN_KEYWORDS = {"input_ids", "attention_mask", "position_ids", "use_cache", "return_dict"}
+_PACKED_KEYWORDS = {"cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx"}
+"""What TRL says of packed rows beside their position ids, which tell the same; hints for kernels a Llama does without."""
 
 
 def share_clone(model: PreTrainedModel) -> PreTrainedModel:
@@ -281,9 +283,10 @@ class Seam:
         ids = kwargs.get("input_ids")
         if not isinstance(ids, Tensor) or ids.dim() != 2 or kwargs.get("use_cache"):
             return None
-        if any(value is not None for name, value in kwargs.items() if name not in _PLAIN_KEYWORDS):
-            return None
         mask, positions = kwargs.get("attention_mask"), kwargs.get("position_ids")
+        known = _PLAIN_KEYWORDS if mask is not None or positions is None else _PLAIN_KEYWORDS | _PACKED_KEYWORDS
+        if any(value is not None for name, value in kwargs.items() if name not in known):
+            return None
         if mask is not None and (not isinstance(mask, Tensor) or mask.shape != ids.shape):
             return None
         if positions is not None and positions.shape != ids.shape:
