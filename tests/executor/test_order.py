@@ -76,13 +76,6 @@ def test_verdicts_do_not_depend_on_the_order_of_the_trials(seed: int, threads: b
     assert story(permuted(seed, threads=threads)) == expected
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("threads", [False, True])
-def test_twenty_orders_give_the_same_verdicts(threads: bool, expected: Any) -> None:
-    for seed in range(20):
-        assert story(permuted(seed, threads=threads)) == expected
-
-
 @pytest.mark.parametrize("threads", [False, True])
 def test_verdicts_do_not_depend_on_delays(threads: bool, expected: Any) -> None:
     for seed in range(2):
@@ -91,7 +84,7 @@ def test_verdicts_do_not_depend_on_delays(threads: bool, expected: Any) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("threads", [False, True])
-def test_twenty_orders_with_delays_give_the_same_verdicts(threads: bool, expected: Any) -> None:
+def test_twenty_orders_and_delays_give_the_same_verdicts(threads: bool, expected: Any) -> None:
     for seed in range(20):
         assert story(permuted(seed, threads=threads, objective=delayed(seed))) == expected
 
