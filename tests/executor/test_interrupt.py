@@ -92,8 +92,14 @@ def run_and_send(number: int, how: str, folder: Path, storage: str) -> tuple[int
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("how", ["executor.optimize", "study.optimize"])
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize(
+    ("number", "how"),
+    [
+        (signal.SIGINT, "executor.optimize"),
+        (signal.SIGINT, "study.optimize"),
+        (signal.SIGTERM, "study.optimize"),
+    ],
+)
 def test_a_signal_ends_the_search_and_keeps_what_is_finished(number: int, how: str, tmp_path: Path) -> None:
     storage = f"sqlite:///{tmp_path / 'study.db'}"
     code, seconds, lines = run_and_send(number, how, tmp_path, storage)

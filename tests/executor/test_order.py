@@ -85,8 +85,16 @@ def test_verdicts_do_not_depend_on_delays(threads: bool, expected: Any) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("threads", [False, True])
 def test_twenty_orders_and_delays_give_the_same_verdicts(threads: bool, expected: Any) -> None:
-    for seed in range(20):
-        assert story(permuted(seed, threads=threads, objective=delayed(seed))) == expected
+    """All by one executor, one study after the other."""
+    with make_executor(slots=len(CONFIGURATIONS)) as executor:
+        for seed in range(20):
+            objective = delayed(seed)(executor)
+            study = study_of(random.Random(seed).sample(CONFIGURATIONS, len(CONFIGURATIONS)), ASHA2)
+            if threads:
+                study.optimize(objective, n_trials=len(CONFIGURATIONS), n_jobs=executor.n_jobs)
+            else:
+                executor.optimize(study, objective, n_trials=len(CONFIGURATIONS))
+            assert story(Done(study, executor, [])) == expected
 
 
 # -- repeating a search ------------------------------------------------------------------------------------------------
