@@ -146,7 +146,13 @@ DPO = {
     "label smoothing, dropout": Spec(
         trainer=DPOTrainer,
         lora={"r": 8, "lora_dropout": 0.15, "target_modules": ["q_proj", "gate_proj", "o_proj"]},
-        args={"max_steps": STEPS, "label_smoothing": 0.1, "disable_dropout": False, "optim": "adamw_torch", **EVALUATED},
+        args={
+            "max_steps": STEPS,
+            "label_smoothing": 0.1,
+            "disable_dropout": False,
+            "optim": "adamw_torch",
+            **EVALUATED,
+        },
     ),
     "precomputed reference": Spec(
         trainer=DPOTrainer,
@@ -245,7 +251,9 @@ def test_the_built_in_value_is_the_mean_token_nll(base: LlamaForCausalLM, tmp_pa
 class Doubled(SFTTrainer):
     """Someone's own loss, on the model's logits."""
 
-    def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None) -> Any:
+    def compute_loss(
+        self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
         labels = inputs.pop("labels")
         logits = model(**inputs, use_cache=False).logits
         loss = 2 * F.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), ignore_index=-100)
@@ -254,7 +262,9 @@ class Doubled(SFTTrainer):
 
 def scaled_loss(outputs: Any, labels: torch.Tensor, num_items_in_batch: Any = None) -> torch.Tensor:
     """For `compute_loss_func`."""
-    loss = F.cross_entropy(outputs.logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), ignore_index=-100, reduction="sum")
+    loss = F.cross_entropy(
+        outputs.logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), ignore_index=-100, reduction="sum"
+    )
     return 0.5 * loss / (labels[:, 1:] != -100).sum()
 
 
@@ -281,7 +291,9 @@ EXTRA = {
     "NEFTune": Spec(args={"neftune_noise_alpha": 5.0}),
     "compute_loss_func": Spec(more={"compute_loss_func": scaled_loss}, lora={"lora_dropout": 0.1}),
     "own compute_loss": Spec(trainer=Doubled, lora={"lora_dropout": 0.1}, args={"gradient_accumulation_steps": 2}),
-    "callbacks": Spec(lora={"lora_dropout": 0.1}, callbacks=[Shaking], args={"eval_strategy": "steps", "eval_steps": 2}),
+    "callbacks": Spec(
+        lora={"lora_dropout": 0.1}, callbacks=[Shaking], args={"eval_strategy": "steps", "eval_steps": 2}
+    ),
 }
 UNFUSED = {"DoRA", "modules_to_save", "lora_bias", "NEFTune"}
 
