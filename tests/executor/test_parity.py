@@ -398,6 +398,24 @@ def test_one_step_gradients_in_float64(tmp_path: Path, checkpointing: bool, monk
     print(f"float64 gradients: {worst:.1e}")
 
 
+def test_precisions_side_by_side(base: LlamaForCausalLM, tmp_path: Path) -> None:
+    """TRL's default, bf16 autocast, on a float32 base, beside a trial in float32."""
+    specs = [
+        Spec(args={"bf16": True}),
+        Spec(lora={"lora_dropout": 0.1}),
+        Spec(args={"bf16": True, "gradient_checkpointing": True}, lora={"target_modules": "all-linear", "r": 7}),
+        Spec(trainer=DPOTrainer, args={"bf16": True}),
+    ]
+    together = train_together(base, specs, tmp_path)
+    alone = [train_alone(base, spec, tmp_path / "alone") for spec in specs]
+    for spec, mine, oracle in zip(specs, together, alone, strict=True):
+        assert mine.record is not None
+        assert mine.record.fused
+        worst = differences(mine.log, oracle.log)["loss"]
+        print(f"{spec.args}: {worst:.1e}")
+        assert worst < (5e-3 if spec.args.get("bf16") else TOLERANCE)
+
+
 def distances(one: Result, other: Result) -> np.ndarray:
     """Between two runs: losses and gradient norms over the steps (root mean square), adapters in units of their way."""
     losses = np.array(one.losses) - np.array(other.losses)
