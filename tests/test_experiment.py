@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, ClassVar
@@ -17,30 +16,13 @@ from rapidfire_automl.automl import AutoML, as_config
 from rapidfire_automl.configs import RFDPOConfig, RFLoraConfig, RFModelConfig, RFSFTConfig
 from rapidfire_automl.experiment import Experiment
 from rapidfire_automl.groups import RFGridSearch, RFOptuna, RFRandomSearch
+from rapidfire_automl.records import TrialRecord
 from rapidfire_automl.search import SearchFailed, SearchInterrupted
 from rapidfire_automl.space import List, Range
 from rapidfire_policies import ASHA
 from rapidfire_policies.base import TrialState
 
 ROWS = [{"prompt": f"{i}", "completion": f"{2 * i}"} for i in range(32)]
-
-
-@dataclass
-class Record:
-    number: int
-    params: dict[str, Any]
-    state: TrialState = TrialState.RUNNING
-    values: list[float] = field(default_factory=list)
-    scores: list[Any] = field(default_factory=list)
-    seconds: list[float] = field(default_factory=list)
-    tokens: list[int] = field(default_factory=list)
-    boundaries: list[int] = field(default_factory=list)
-    verdicts: list[Any] = field(default_factory=list)
-    spans: list[Any] = field(default_factory=list)
-    adapter: str | None = None
-    trainer: str = "SFTTrainer"
-    fused: bool = True
-    error: str | None = None
 
 
 class Engine:
@@ -76,7 +58,7 @@ class Engine:
     def optimize(self, study: optuna.Study, objective: Any, n_trials: int, timeout_s: float | None = None) -> None:
         for _ in range(n_trials):
             trial = study.ask()
-            record = self.records[trial.number] = Record(trial.number, {})
+            record = self.records[trial.number] = TrialRecord(trial.number, {})
             try:
                 trainer = objective(trial)
             except Exception as error:
