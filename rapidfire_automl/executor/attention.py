@@ -65,7 +65,9 @@ def _attention(
     """Transformers' attention interface: plain causal attention of a short pass here, anything else as before."""
     tokens = query.shape[2]
     device = query.device.type
-    if torch.is_autocast_enabled(device):  # as the stock kernel is cast; queries may come in float32, values in bfloat16
+    if torch.is_autocast_enabled(
+        device
+    ):  # as the stock kernel is cast; queries may come in float32, values in bfloat16
         query, key, value = (x.to(torch.get_autocast_dtype(device)) for x in (query, key, value))
     plain = attention_mask is None and dropout == 0 and key.shape[2] == tokens > 1 and kwargs.get("softcap") is None
     if not plain or kwargs.get("is_causal") is False or tokens > _widest(module, query.dtype):

@@ -216,22 +216,27 @@ class Conductor:
     def _serve(self, live: Sequence[Arm]) -> list[Arm]:
         """Answer what can be answered; returns the arms to hand the baton to, in trial order."""
         ready: list[Arm] = []
-        slowest = min(arm.progress for arm in live)
+        # Nobody gets ahead of where the slowest will be after its step: so trials of 10 and of 11 steps keep in step.
+        limit = min(arm.next_progress for arm in live) - 1e-9
         kinds: dict[tuple[Any, ...], list[Arm]] = {}
         for arm in live:
             if isinstance(arm.request, Pace):
-                if arm.progress <= slowest:
+                if arm.progress < limit:
                     arm.answer = None
                     ready.append(arm)
             elif isinstance(arm.request, Forward):
                 kinds.setdefault(arm.request.kind, []).append(arm)
-        if ready:
-            return ready
-        for arms in kinds.values():
-            for group in self.plan.split([_Waiting(arm) for arm in arms]):
-                self._forward([waiting.arm for waiting in group])
-            ready += arms
-        ready += self._backward([arm for arm in live if isinstance(arm.request, Backward)])
+        # Training forwards come last: whoever can still catch up by a backward or a forward without gradient then joins
+        # them. Served at once, two arms would alternate for ever, one's forward beside the other's backward.
+        ready = ready or self._backward([arm for arm in live if isinstance(arm.request, Backward)])
+        for grad in (False, True):
+            served = [arms for arms in kinds.values() if arms[0].request.grad is grad]
+            if ready or not served:
+                continue
+            for arms in served:
+                for group in self.plan.split([_Waiting(arm) for arm in arms]):
+                    self._forward([waiting.arm for waiting in group])
+                ready += arms
         return sorted(ready, key=lambda arm: arm.number)
 
     def _forward(self, arms: Sequence[Arm]) -> None:

@@ -32,7 +32,7 @@ class Measured:
 
     Args:
         value: The mean of `scores`, or what the metric returned.
-        scores: Per example, shape `(examples,)`; empty where the metric gives one number, or the order is lost by packing.
+        scores: Per example, shape `(examples,)`; empty where the metric gives one number, or packing lost the order.
     """
 
     value: float

@@ -59,8 +59,8 @@ class Forward:
     def kind(self) -> tuple[Any, ...]:
         """Requests of one kind can share a pass.
 
-        Packed rows are told from each other by their position ids, which counts only where the pass has no mask; and the
-        dense mask it becomes would cost their neighbours the causal kernel.
+        Packed rows are told from each other by their position ids, which counts only where the pass has no mask; and
+        the dense mask it becomes would cost their neighbours the causal kernel.
         """
         packed = self.position_ids is not None and self.attention_mask is None
         return (self.grad, self.autocast, packed)

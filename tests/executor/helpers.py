@@ -65,8 +65,8 @@ def tiny_tokenizer() -> PreTrainedTokenizerFast:
 def sft_data(examples: int, seed: int = 0, *, shortest: int = 4, longest: int = 12) -> Dataset:
     """Counting up with a stutter, lengths mixed; the first two tokens are prompt and are not scored.
 
-    A random model with tied embeddings predicts the token it sees, so the stutter makes accuracies neither 0 nor 1. Rows
-    of one token alone would not do: their attention has no gradient but rounding, and Adam makes steps of that.
+    A random model with tied embeddings predicts the token it sees, so the stutter makes accuracies neither 0 nor 1.
+    Rows of one token alone would not do: their attention has no gradient but rounding, and Adam makes steps of that.
     """
     draw = random.Random(seed)
     rows = []
@@ -85,7 +85,9 @@ def dpo_data(examples: int, seed: int = 0) -> Dataset:
         start, stride = draw.randrange(40), draw.randint(1, 3)
         count = [f"w{(start + stride * (i // 2)) % 48}" for i in range(draw.randint(4, 9))]
         noise = [f"w{draw.randrange(48)}" for _ in range(draw.randint(2, 7))]
-        rows.append({"prompt": " ".join(count[:2]), "chosen": " " + " ".join(count[2:]), "rejected": " " + " ".join(noise)})
+        rows.append(
+            {"prompt": " ".join(count[:2]), "chosen": " " + " ".join(count[2:]), "rejected": " " + " ".join(noise)}
+        )
     return Dataset.from_list(rows)
 
 
@@ -241,7 +243,9 @@ def differences(one: Sequence[Mapping[str, Any]], other: Sequence[Mapping[str, A
     for name in {name for entry in other for name in entry if not name.endswith(("runtime", "per_second"))}:
         pairs = [(mine[name], theirs[name]) for mine, theirs in zip(one, other, strict=True) if name in theirs]
         family = name.removeprefix("eval_").partition("/")[0]
-        kin = [abs(entry[key]) for entry in other for key in entry if key.removeprefix("eval_").startswith(family + "/")]
+        kin = [
+            abs(entry[key]) for entry in other for key in entry if key.removeprefix("eval_").startswith(family + "/")
+        ]
         unit = max(kin) if family in ("rewards", "logits") else 0.0
         worst[name] = max(relative(value, expected, unit) for value, expected in pairs)
     return worst

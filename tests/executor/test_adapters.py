@@ -21,7 +21,9 @@ from tests.executor.helpers import Spec, open_executor, train_alone, train_toget
 CPU = torch.device("cpu")
 
 
-def sites(rank: int, seed: int = 0, keys: tuple[str, ...] = ("q", "v"), dtype: torch.dtype = torch.float32) -> dict[str, LoraSite]:
+def sites(
+    rank: int, seed: int = 0, keys: tuple[str, ...] = ("q", "v"), dtype: torch.dtype = torch.float32
+) -> dict[str, LoraSite]:
     """Random adapters on Linears of 6 to 10 features."""
     draw = torch.Generator().manual_seed(seed)
     return {
@@ -219,7 +221,9 @@ def test_adapters_that_rewrite_the_base_are_refused_and_harm_nobody(
 
         executor.optimize(optuna.create_study(), objective, n_trials=2)
         assert next(iter(settings)) in str(executor.records[0].error)
-        assert executor.records[1].log_history[-1]["train_loss"] == pytest.approx(expected.log[-1]["train_loss"], rel=1e-6)
+        assert executor.records[1].log_history[-1]["train_loss"] == pytest.approx(
+            expected.log[-1]["train_loss"], rel=1e-6
+        )
         for name, p in shared.named_parameters():
             assert torch.equal(p, before[name])
             assert not p.requires_grad

@@ -42,7 +42,9 @@ def draws(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Ten
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize(("temperature", "logit_scale"), [(1.0, 1.0), (0.7, 1.0), (1.3, 0.25)])
-def test_head_gives_what_trls_kernel_gives(dtype: torch.dtype, bias: bool, temperature: float, logit_scale: float) -> None:
+def test_head_gives_what_trls_kernel_gives(
+    dtype: torch.dtype, bias: bool, temperature: float, logit_scale: float
+) -> None:
     from trl.kernels import ChunkedLogProbFunction
 
     hidden = draws(37, 16, dtype=dtype).requires_grad_()
@@ -153,7 +155,10 @@ def test_short_attention_gives_what_sdpa_gives(dtype: torch.dtype, heads: int, g
     up = draws(3, heads, tokens, 8, seed=9, dtype=dtype)
     results = []
     for kind in ("stock", "ours"):
-        q, k, v = (draws(3, n, tokens, 8, seed=n + i, dtype=dtype).requires_grad_() for i, n in enumerate((heads, groups, groups)))
+        q, k, v = (
+            draws(3, n, tokens, 8, seed=n + i, dtype=dtype).requires_grad_()
+            for i, n in enumerate((heads, groups, groups))
+        )
         if kind == "ours":
             out = _CausalAttention.apply(q, k, v, 0.3)
         else:
@@ -211,13 +216,20 @@ class Member:
 
 
 def lora(base: LlamaForCausalLM, seed: int, **changes: Any) -> PeftModel:
-    settings = {"r": 3, "target_modules": ["q_proj", "v_proj"], "lora_dropout": 0.2, "init_lora_weights": False} | changes
+    settings = {
+        "r": 3,
+        "target_modules": ["q_proj", "v_proj"],
+        "lora_dropout": 0.2,
+        "init_lora_weights": False,
+    } | changes
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         return get_peft_model(copy.deepcopy(base), LoraConfig(task_type="CAUSAL_LM", **settings)).train()
 
 
-def alone(member: Member, seed: int, up: Tensor, checkpointing: bool, **inputs: Any) -> tuple[Tensor, list[Tensor], Tensor]:
+def alone(
+    member: Member, seed: int, up: Tensor, checkpointing: bool, **inputs: Any
+) -> tuple[Tensor, list[Tensor], Tensor]:
     """PEFT's own forward and backward: hidden states, gradients, and where the generator ends."""
     model = copy.deepcopy(member.model)
     if checkpointing:

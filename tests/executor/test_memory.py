@@ -56,7 +56,9 @@ def test_finished_trials_are_freed(base: LlamaForCausalLM, tmp_path: Path) -> No
 
         def objective(trial: optuna.Trial) -> Any:
             trainer = SPEC.build(executor.model(trial), executor.tokenizer, tmp_path)
-            alive.extend([weakref.ref(trainer), weakref.ref(trainer.model), weakref.ref(trainer.model.get_base_model())])
+            alive.extend(
+                [weakref.ref(trainer), weakref.ref(trainer.model), weakref.ref(trainer.model.get_base_model())]
+            )
             return trainer
 
         executor.optimize(optuna.create_study(), objective, n_trials=4)
@@ -71,7 +73,13 @@ def test_close_frees_everything(base: LlamaForCausalLM, tmp_path: Path) -> None:
     executor = open_executor(base, tmp_path, slots=2)
     with executor:
         assert executor._base is not None
-        things = [executor._base, executor._base.bank, executor._base.multiplexer, executor._conductor, executor._base.model]
+        things = [
+            executor._base,
+            executor._base.bank,
+            executor._base.multiplexer,
+            executor._conductor,
+            executor._base.model,
+        ]
         alive: list[weakref.ref[Any]] = [weakref.ref(thing) for thing in things]
         pointer = next(executor._base.model.parameters())
         alive.append(weakref.ref(pointer))
@@ -128,7 +136,12 @@ def test_eight_more_trials_cost_adapters_and_optimizer_state(tmp_path: Path) -> 
         "MALLOC_ARENA_MAX": "1",  # else each thread keeps free memory of its own
     }
     done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", _MEASURE], cwd=tmp_path, env=environment, capture_output=True, text=True, check=True
+        [sys.executable, "-W", "ignore", "-c", _MEASURE],
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=True,
     )
     measured = json.loads(done.stdout.strip().splitlines()[-1])
     extra = measured["nine"] - measured["one"]
