@@ -48,6 +48,7 @@ class Arm:
     chunk_seconds: float = 0.0
     chunk_tokens: int = 0
     step: int = 0
+    asked: int = 0
     span_start_s: float = 0.0
     go: threading.Event = field(default_factory=threading.Event)
     decision: Decision | None = None

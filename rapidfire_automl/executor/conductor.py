@@ -79,6 +79,7 @@ class Conductor:
         self._arms: list[Arm] = []
         self._idle = threading.Event()
         self._cancelled = False
+        self._asked = 0
         self.handovers = 0
 
     @property
@@ -91,6 +92,8 @@ class Conductor:
     def submit(self, arm: Arm, request: Any) -> Any:
         """File a request, give the baton back, and wait for the answer."""
         arm.request = request
+        self._asked += 1
+        arm.asked = self._asked
         arm.context.save()
         arm.go.clear()
         self._idle.set()
@@ -214,29 +217,38 @@ class Conductor:
             arm.abandon_passes()
 
     def _serve(self, live: Sequence[Arm]) -> list[Arm]:
-        """Answer what can be answered; returns the arms to hand the baton to, in trial order."""
-        ready: list[Arm] = []
+        """Answer what can be answered now; returns the arms to hand the baton to, in trial order.
+
+        What frees memory goes before what takes some: backwards before forwards, and of the forwards that a backward
+        will follow one pass at a time, so that the budget of a pass bounds the activations that are alive.
+        """
         # Nobody gets ahead of where the slowest will be after its step: so trials of 10 and of 11 steps keep in step.
         limit = min(arm.next_progress for arm in live) - 1e-9
+        paced = [arm for arm in live if isinstance(arm.request, Pace) and arm.progress < limit]
+        if paced:
+            return paced
+        done = self._backward([arm for arm in live if isinstance(arm.request, Backward)])
+        if done:
+            return done
         kinds: dict[tuple[Any, ...], list[Arm]] = {}
         for arm in live:
-            if isinstance(arm.request, Pace):
-                if arm.progress < limit:
-                    arm.answer = None
-                    ready.append(arm)
-            elif isinstance(arm.request, Forward):
+            if isinstance(arm.request, Forward):
                 kinds.setdefault(arm.request.kind, []).append(arm)
-        # Training forwards come last: whoever can still catch up by a backward or a forward without gradient then joins
-        # them. Served at once, two arms would alternate for ever, one's forward beside the other's backward.
-        ready = ready or self._backward([arm for arm in live if isinstance(arm.request, Backward)])
-        for grad in (False, True):
-            served = [arms for arms in kinds.values() if arms[0].request.grad is grad]
-            if ready or not served:
-                continue
-            for arms in served:
-                for group in self.plan.split([_Waiting(arm) for arm in arms]):
-                    self._forward([waiting.arm for waiting in group])
-                ready += arms
+        groups = [
+            [waiting.arm for waiting in group]
+            for arms in kinds.values()
+            for group in self.plan.split([_Waiting(arm) for arm in arms])
+        ]
+        free = [group for group in groups if not group[0].request.grad]
+        # Trials with open passes come first, for they hold memory, then those that have waited longest.
+        by_need = sorted(
+            (group for group in groups if group[0].request.grad),
+            key=lambda group: min((not arm.open_passes, arm.asked, arm.number) for arm in group),
+        )
+        ready: list[Arm] = []
+        for group in free or by_need[:1]:
+            self._forward(group)
+            ready += group
         return sorted(ready, key=lambda arm: arm.number)
 
     def _forward(self, arms: Sequence[Arm]) -> None:

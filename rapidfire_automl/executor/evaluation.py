@@ -32,7 +32,7 @@ class Measured:
 
     Args:
         value: The mean of `scores`, or what the metric returned.
-        scores: Per example, shape `(examples,)`; empty where the metric gives one number, or packing lost the order.
+        scores: Per example, shape `(examples,)`; empty where the metric gives one number or packing loses the order.
     """
 
     value: float

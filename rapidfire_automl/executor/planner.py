@@ -24,6 +24,7 @@ from rapidfire_automl.plan import Plan, choose
 logger = logging.getLogger("rapidfire_automl")
 
 _SIZES = (16, 64, 256, 1024, 4096)
+_LEAST = 256
 
 
 def plan_for(base: Base, slots: int) -> Plan:
@@ -39,6 +40,9 @@ def plan_for(base: Base, slots: int) -> Plan:
         return Plan.load(path)
     except ValueError:
         plan = calibrate(base)
+    if _is_busy():
+        logger.warning("The machine is busy: the plan measured now is not remembered (%s).", plan.reason)
+        return plan
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = path.with_suffix(f".{os.getpid()}")
@@ -47,6 +51,11 @@ def plan_for(base: Base, slots: int) -> Plan:
     except OSError as error:
         logger.warning("The plan could not be remembered: %s", error)
     return plan
+
+
+def _is_busy() -> bool:
+    """Whether other processes want most of the processors, so that what is measured now says little."""
+    return hasattr(os, "getloadavg") and os.getloadavg()[0] > (os.cpu_count() or 1) + 0.5
 
 
 def _fingerprint(base: Base) -> str:
@@ -66,7 +75,7 @@ def calibrate(base: Base, *, limit_s: float = 4.0) -> Plan:
 
     Args:
         base: The base.
-        limit_s: Stop growing after so many seconds.
+        limit_s: Stop growing after so many seconds, but not below passes of 256 tokens.
 
     Returns:
         The plan, with what was measured.
@@ -91,10 +100,11 @@ def calibrate(base: Base, *, limit_s: float = 4.0) -> Plan:
         base.multiplexer.wrap(sites)
         try:
             for size in _SIZES:
-                rate = max(_rate(base, probe, size, autocast) for _ in range(3 if size < 1024 else 2))
-                measured.append((size, rate))
-                if time.perf_counter() - begin > limit_s or rate < 0.8 * max(r for _, r in measured):
+                late = time.perf_counter() - begin > limit_s
+                if late and size > _LEAST:
                     break
+                rate = max(_rate(base, probe, size, autocast) for _ in range(1 if late else 3))
+                measured.append((size, rate))
         except (torch.OutOfMemoryError, RuntimeError) as error:
             if not measured or not seams.is_out_of_memory(error):
                 raise

@@ -38,7 +38,7 @@ Submit = Callable[[Any], Any]
 _REWRITES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga", "mica")
 _PLAIN_KEYWORDS = {"input_ids", "attention_mask", "position_ids", "use_cache", "return_dict"}
 _PACKED_KEYWORDS = {"cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx"}
-"""What TRL says of packed rows beside their position ids, which tell the same; hints for other kernels."""
+"""What TRL says of packed rows beside their position ids: hints for kernels that a Llama does without."""
 
 
 def share_clone(model: PreTrainedModel) -> PreTrainedModel:

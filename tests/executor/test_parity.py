@@ -444,8 +444,8 @@ def distances(runs: Sequence[Result], others: Sequence[Result]) -> np.ndarray:
 def test_bfloat16_differs_no_more_than_plain_trl_from_itself(tmp_path: Path) -> None:
     """TRL's defaults (bf16, checkpointing), against the same examples in other batch layouts of plain TRL.
 
-    Those differ from each other and, more, from the run in float32: the joint run is no further from plain TRL than that,
-    and no further from float32 than they are. 1.25: what a root mean square of 80 roundings spreads by.
+    Those differ from each other and, more, from the run in float32: the joint run is no further from plain TRL than
+    that, and no further from float32 than they are. 1.25: what a root mean square of 80 roundings spreads by.
     """
     base = tiny_llama(torch.bfloat16)
     common = {"bf16": True, "gradient_checkpointing": True, "max_steps": 20, "per_device_train_batch_size": 4}
