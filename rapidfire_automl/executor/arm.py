@@ -61,12 +61,20 @@ class Arm:
     @property
     def progress(self) -> float:
         """Share of the running chunk that is done, 0 to 1."""
+        return self._share(self.step)
+
+    @property
+    def next_progress(self) -> float:
+        """`progress` when the step it is in, or about to begin, is done."""
+        return self._share(self.step + 1)
+
+    def _share(self, step: int) -> float:
         ends = self.record.boundaries
         chunk = len(self.record.values)
         if chunk >= len(ends):
             return 1.0
         start = ends[chunk - 1] if chunk else 0
-        return (self.step - start) / (ends[chunk] - start)
+        return (step - start) / (ends[chunk] - start)
 
     def generator(self, device: torch.device) -> torch.Generator:
         """A generator on a device, in the trial's present state."""

@@ -64,13 +64,19 @@ def _attention(
 ) -> tuple[Tensor, None]:
     """Transformers' attention interface: plain causal attention of a short pass here, anything else as before."""
     tokens = query.shape[2]
+    device = query.device.type
+    if torch.is_autocast_enabled(
+        device
+    ):  # as the stock kernel is cast; queries may come in float32, values in bfloat16
+        query, key, value = (x.to(torch.get_autocast_dtype(device)) for x in (query, key, value))
     plain = attention_mask is None and dropout == 0 and key.shape[2] == tokens > 1 and kwargs.get("softcap") is None
     if not plain or kwargs.get("is_causal") is False or tokens > _widest(module, query.dtype):
         return sdpa_attention_forward(  # type: ignore[no-any-return]
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
         )
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    out: Tensor = _CausalAttention.apply(query, key, value, scale)
+    with torch.autocast(device, enabled=False):
+        out: Tensor = _CausalAttention.apply(query, key, value, scale)
     return out.transpose(1, 2).contiguous(), None
 
 

@@ -65,8 +65,8 @@ def tiny_tokenizer() -> PreTrainedTokenizerFast:
 def sft_data(examples: int, seed: int = 0, *, shortest: int = 4, longest: int = 12) -> Dataset:
     """Counting up with a stutter, lengths mixed; the first two tokens are prompt and are not scored.
 
-    A random model with tied embeddings predicts the token it sees, so the stutter makes accuracies neither 0 nor 1. Rows
-    of one token alone would not do: their attention has no gradient but rounding, and Adam makes steps of that.
+    A random model with tied embeddings predicts the token it sees, so the stutter makes accuracies neither 0 nor 1.
+    Rows of one token alone would not do: their attention has no gradient but rounding, and Adam makes steps of that.
     """
     draw = random.Random(seed)
     rows = []

@@ -10,13 +10,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from datasets import Dataset
 from transformers import LlamaForCausalLM, TrainerCallback
 from trl import DPOTrainer
 
 from rapidfire_automl.plan import Plan
 from rapidfire_automl.pruners import PolicyPruner
 from rapidfire_policies.base import Decision, History, Policy, TrialState, Verdict
-from tests.executor.helpers import ALONE, JOINT, Result, Spec, differences, train_together, weight_difference
+from tests.executor.helpers import ALONE, JOINT, VOCAB, Result, Spec, differences, train_together, weight_difference
 
 
 @dataclass(frozen=True)
@@ -66,6 +67,8 @@ PAIRS = Spec(trainer=DPOTrainer, lora={"r": 2}, args=COMMON)
 WILD = replace(OTHER, args={**OTHER.args, "learning_rate": 1e38, "optim": "sgd", "max_grad_norm": 0.0})
 POISONED = replace(OTHER, callbacks=[Poison])
 
+UNKNOWN = replace(OTHER, data=Dataset.from_list([{"input_ids": [5, 6, 7, VOCAB + row]} for row in range(9)]))
+
 # Name: trials, where the victim stands among them, slots, policy.
 DISTURBED: dict[str, tuple[Sequence[Spec], int, int, Policy]] = {
     "a neighbour is stopped": ([OTHER, VICTIM, LARGER], 1, 3, Scripted(stop={0: 1})),
@@ -78,6 +81,7 @@ DISTURBED: dict[str, tuple[Sequence[Spec], int, int, Policy]] = {
     "neighbours are permuted": ([LARGER, OTHER, VICTIM], 2, 3, Scripted()),
     "neighbours are missing": ([VICTIM], 0, 1, Scripted()),
     "a neighbour's learning rate is 1e38": ([WILD, VICTIM, LARGER], 1, 3, Scripted()),
+    "a neighbour's tokens are not in the vocabulary": ([UNKNOWN, VICTIM, LARGER], 1, 3, Scripted()),
     "a neighbour's weights are NaN": ([LARGER, VICTIM, POISONED], 1, 3, Scripted()),
 }
 
@@ -130,11 +134,11 @@ def test_a_trial_does_not_see_its_neighbours(
         np.testing.assert_allclose(scores[0], scores[1], rtol=1e-6)
 
 
-@pytest.mark.parametrize("spec", [WILD, POISONED], ids=["learning rate", "weights"])
+@pytest.mark.parametrize("spec", [WILD, POISONED, UNKNOWN], ids=["learning rate", "weights", "tokens"])
 def test_the_poison_works(base: LlamaForCausalLM, tmp_path: Path, spec: Spec) -> None:
     """Otherwise the tests above prove nothing; the poisoned trial fails and nobody else does."""
     poisoned, healthy = train_together(base, [spec, VICTIM], tmp_path, allow_failures=True)
-    assert not np.isfinite(poisoned.losses[-1])
+    assert spec is UNKNOWN or not np.isfinite(poisoned.losses[-1])
     assert poisoned.record is not None
     assert poisoned.record.state is TrialState.FAILED
     assert healthy.record is not None

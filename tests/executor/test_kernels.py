@@ -303,6 +303,43 @@ def test_a_joint_pass_is_every_trials_own_pass(checkpointing: bool) -> None:
             bank.remove(member.row)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("autocast", [False, True])
+def test_a_joint_pass_in_mixed_precision(dtype: torch.dtype, autocast: bool) -> None:
+    """float32 adapters on either base, with and without autocast: the same draws, and numbers within bfloat16's."""
+    base = tiny_llama(dtype).requires_grad_(False)
+    members = [Member(lora(base, 0), 0), Member(lora(base, 1, r=6, target_modules="all-linear", lora_dropout=0.4), 1)]
+    bank = AdapterBank(2, torch.device("cpu"))
+    mux = Multiplexer(base, bank)
+    requests = []
+    kind = torch.bfloat16 if autocast else None
+    for seed, member in enumerate(members):
+        assert next(iter(member.sites.values())).a.dtype == torch.float32
+        member.row = bank.add(member.sites)
+        mux.wrap(member.sites)
+        ids = torch.randint(4, VOCAB, (2 + seed, 6), generator=torch.Generator().manual_seed(seed))
+        requests.append((member, Forward(ids, None, None, grad=True, autocast=kind, checkpointing=False, adapter=True)))
+    parts, opened = mux.forward(requests)
+    assert opened is not None
+    ups = [draws(*part.leaves["hidden"].shape, seed=9, dtype=part.leaves["hidden"].dtype) for part in parts]
+    for part, up in zip(parts, ups, strict=True):
+        part.leaves["hidden"].grad = up
+    mux.backward(opened)
+    tolerance = 1e-5 if dtype == torch.float32 and not autocast else 5e-2
+    for seed, (member, part) in enumerate(zip(members, parts, strict=True)):
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            hidden, grads, state = alone(member, seed, ups[seed], False, input_ids=requests[seed][1].input_ids)
+        leaf = part.leaves["hidden"]
+        assert leaf.dtype == hidden.dtype
+        assert relative(leaf.detach(), hidden) < tolerance
+        own = [p for p in member.model.parameters() if p.requires_grad]
+        apart = [relative(p.grad, expected) for p, expected in zip(own, grads, strict=True) if p.grad is not None]
+        assert len(apart) == len(own)
+        print(f"{dtype} autocast={autocast}: hidden {relative(leaf.detach(), hidden):.1e} gradients {max(apart):.1e}")
+        assert max(apart) < tolerance
+        assert torch.equal(member.state, state), "the generator stands elsewhere"
+
+
 def test_a_pass_can_be_run_again() -> None:
     """After out of memory: the same dropout, the same gradients, and nobody's generator moves."""
     base = tiny_llama().requires_grad_(False)

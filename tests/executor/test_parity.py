@@ -40,8 +40,8 @@ TOLERANCE = 1e-4
 STEPS = 30
 EVALUATED: dict[str, Any] = {"eval_strategy": "steps", "eval_steps": 10}
 
-# Adam turns a gradient of nothing but rounding into a full step: `k_proj` has such components (a softmax does not see what
-# it adds to all keys), so the trials that adapt it with AdamW have a larger epsilon.
+# Adam turns a gradient of nothing but rounding into a full step: `k_proj` has such components (a softmax does not see
+# what it adds to all keys), so the trials that adapt it with AdamW have a larger epsilon.
 SFT = {
     "plain, by epochs": Spec(
         lora={"r": 4},
@@ -205,7 +205,7 @@ def test_trials_that_differ_in_every_knob(base: LlamaForCausalLM, tmp_path: Path
     together = train_together(base, list(specs.values()), tmp_path, chunks=3)
     alone = [train_alone(base, spec, tmp_path / "alone") for spec in specs.values()]
     assert all(result.record is not None and result.record.fused for result in together)
-    assert together[0].trials_per_pass > 0.6 * len(specs)
+    assert together[0].trials_per_pass > 1.5
     assert_parity(together, alone, list(specs))
 
 
@@ -353,7 +353,7 @@ class Gradients(TrainerCallback):
 
 
 def float64_kernel(hidden: torch.Tensor, weight: torch.Tensor, bias: None, targets: torch.Tensor, *_: Any) -> Any:
-    """TRL's `ChunkedLogProbFunction.apply` without its rounding to float32, which a last bit in `hidden` may tip over."""
+    """TRL's `ChunkedLogProbFunction.apply` without its rounding to float32, which one bit in `hidden` may tip."""
     log_p = (hidden @ weight.T).log_softmax(-1)
     log_probs = log_p.gather(1, targets[:, None])[:, 0]
     rest = log_p.detach()
@@ -410,38 +410,82 @@ def test_one_step_gradients_in_float64(tmp_path: Path, checkpointing: bool, monk
     print(f"float64 gradients: {worst:.1e}")
 
 
-def distances(one: Result, other: Result) -> np.ndarray:
-    """Between two runs: losses and gradient norms over the steps (root mean square), adapters in units of their way."""
-    losses = np.array(one.losses) - np.array(other.losses)
-    norms = [np.array([entry["grad_norm"] for entry in run.log if "grad_norm" in entry]) for run in (one, other)]
-    apart = sum(float((one.weights[n] - other.weights[n]).norm() ** 2) for n in one.weights)
-    moved = sum(float((one.weights[n] - one.initial[n]).norm() ** 2) for n in one.weights)
-    return np.array([np.mean(losses**2), np.mean((norms[0] / norms[1] - 1) ** 2), apart / moved]) ** 0.5
+def test_precisions_side_by_side(base: LlamaForCausalLM, tmp_path: Path) -> None:
+    """TRL's default, bf16 autocast, on a float32 base, beside a trial in float32."""
+    specs = [
+        Spec(args={"bf16": True}),
+        Spec(lora={"lora_dropout": 0.1}),
+        Spec(args={"bf16": True, "gradient_checkpointing": True}, lora={"target_modules": "all-linear", "r": 7}),
+        Spec(trainer=DPOTrainer, args={"bf16": True}),
+    ]
+    together = train_together(base, specs, tmp_path)
+    alone = [train_alone(base, spec, tmp_path / "alone") for spec in specs]
+    for spec, mine, oracle in zip(specs, together, alone, strict=True):
+        assert mine.record is not None
+        assert mine.record.fused
+        worst = differences(mine.log, oracle.log)["loss"]
+        print(f"{spec.args}: {worst:.1e}")
+        assert worst < (5e-3 if spec.args.get("bf16") else TOLERANCE)
+
+
+def distances(runs: Sequence[Result], others: Sequence[Result]) -> np.ndarray:
+    """Root mean squares over all trials: of losses and gradient norms by step, of adapters in units of their way."""
+    squares = []
+    for one, other in zip(runs, others, strict=True):
+        losses = np.array(one.losses) - np.array(other.losses)
+        norms = [np.array([entry["grad_norm"] for entry in run.log if "grad_norm" in entry]) for run in (one, other)]
+        apart = sum(float((one.weights[n] - other.weights[n]).norm() ** 2) for n in one.weights)
+        moved = sum(float((one.weights[n] - one.initial[n]).norm() ** 2) for n in one.weights)
+        squares.append([np.mean(losses**2), np.mean((norms[0] / norms[1] - 1) ** 2), apart / moved])
+    return np.mean(squares, axis=0) ** 0.5
 
 
 @pytest.mark.slow
 def test_bfloat16_differs_no_more_than_plain_trl_from_itself(tmp_path: Path) -> None:
-    """TRL's defaults (bf16, checkpointing), against the same examples in two other batch layouts of plain TRL."""
+    """TRL's defaults (bf16, checkpointing), against the same examples in other batch layouts of plain TRL.
+
+    Those differ from each other and, more, from the run in float32: the joint run is no further from plain TRL than
+    that, and no further from float32 than they are. 1.25: what a root mean square of 80 roundings spreads by.
+    """
     base = tiny_llama(torch.bfloat16)
-    common = {"bf16": True, "gradient_checkpointing": True, "max_steps": 12, "per_device_train_batch_size": 4}
+    common = {"bf16": True, "gradient_checkpointing": True, "max_steps": 20, "per_device_train_batch_size": 4}
     specs = [
-        Spec(args=common),
-        Spec(lora={"r": 8, "target_modules": "all-linear"}, args={**common, "learning_rate": 1e-3}),
-        Spec(lora={"r": 2, "lora_alpha": 16}, args={**common, "lr_scheduler_type": "cosine"}),
+        Spec(args={**common, "seed": 1}),
+        Spec(lora={"r": 8, "target_modules": "all-linear"}, args={**common, "seed": 2, "learning_rate": 1e-3}),
+        Spec(lora={"r": 2, "lora_alpha": 16}, args={**common, "seed": 3, "lr_scheduler_type": "cosine"}),
         Spec(trainer=DPOTrainer, args=common),
     ]
-    layouts = [
+    layouts: list[dict[str, Any]] = [
         {},
         {"pad_to_multiple_of": 16},
-        {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 4},
+        {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2},
     ]
+
+    def serial(base: LlamaForCausalLM, **layout: Any) -> list[Result]:
+        return [train_alone(base, replace(s, args={**s.args, **layout}), tmp_path / "a") for s in specs]
+
     together = train_together(base, specs, tmp_path)
-    ratios = []
-    for spec, mine in zip(specs, together, strict=True):
-        assert mine.record is not None
-        assert mine.record.fused
-        serial = [train_alone(base, replace(spec, args={**spec.args, **layout}), tmp_path / "a") for layout in layouts]
-        among = np.max([distances(*pair) for pair in combinations(serial, 2)], axis=0)
-        ratios.append(distances(mine, serial[0]) / among)
-        print("loss, gradient norm, adapter: joint to plain", distances(mine, serial[0]), "layouts among them", among)
-    assert np.exp(np.mean(np.log(ratios), axis=0)).max() <= 1.0, ratios
+    assert all(result.record is not None and result.record.fused for result in together)
+    runs = [serial(base, **layout) for layout in layouts]
+    among = np.max([distances(*pair) for pair in combinations(runs, 2)], axis=0)
+    mine = distances(together, runs[0])
+    exact = serial(base.to(torch.float32), bf16=False)
+    their_error, error = np.max([distances(run, exact) for run in runs], axis=0), distances(together, exact)
+    print("loss, gradient norm, adapter: joint to plain", mine, "layouts among them", among)
+    print("to float32: joint", error, "layouts", their_error)
+    assert (mine <= 1.25 * np.maximum(among, their_error)).all()
+    assert (error <= 1.25 * their_error).all()
+
+
+@pytest.mark.parametrize(
+    ("steps", "least"),
+    [((10, 11), 1.6), ((20, 10), 1.25), ((12, 9, 7), 1.8)],
+    ids=["10 and 11", "20 and 10", "12, 9, 7"],
+)
+def test_trials_of_other_lengths_keep_in_step(
+    base: LlamaForCausalLM, tmp_path: Path, steps: Sequence[int], least: float
+) -> None:
+    """Else they drift apart and each has passes of its own."""
+    specs = [Spec(args={"max_steps": n, "per_device_train_batch_size": 1}) for n in steps]
+    together = train_together(base, specs, tmp_path)
+    assert together[0].trials_per_pass > least
