@@ -52,7 +52,7 @@ def title(figure: Figure, finding: str, subtitle: str) -> None:
 def save(figure: Figure, path: Path) -> Path:
     """Write the file whole or not at all."""
     partial = path.with_name(path.name + ".partial")
-    figure.savefig(partial, format="png")
+    figure.savefig(partial, format="png", bbox_inches="tight", pad_inches=0.15)  # labels may be long
     partial.replace(path)
     return path
 

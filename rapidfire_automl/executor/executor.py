@@ -12,6 +12,7 @@ import time
 import traceback
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal
@@ -39,7 +40,7 @@ from rapidfire_automl.executor.requests import Forward
 from rapidfire_automl.executor.sources import Arrivals, Asking
 from rapidfire_automl.plan import Plan
 from rapidfire_automl.records import TrialRecord
-from rapidfire_policies.base import Decision, TrialState, Verdict
+from rapidfire_policies.base import Decision, TrialHistory, TrialState, Verdict
 
 logger = logging.getLogger("rapidfire_automl")
 
@@ -137,6 +138,7 @@ class RapidFireExecutor:
         self._stopping = False
         self._base_taken = False
         self._study_name = ""
+        self._past: tuple[TrialHistory, ...] = ()
         self._local = threading.local()
         self._exit = ExitStack()
         self._opening = threading.Lock()
@@ -430,6 +432,7 @@ class RapidFireExecutor:
             if study.study_name != self._study_name:
                 self._study_name = study.study_name
                 self._records.clear()
+                self._past = rounds.past(study, self.chunks)
 
     def _arm(self, trial: optuna.Trial) -> Arm:
         record = TrialRecord(trial.number)
@@ -579,6 +582,7 @@ class RapidFireExecutor:
             study = (going or paused)[0].trial.study
             minimize = (going or paused)[0].minimize
             past = rounds.history(self._records.values(), minimize=minimize, chunks=self.chunks, slots=self.slots)
+            past = replace(past, trials=(*self._past, *past.trials))
             decisions = dict(rounds.judge(study, going, paused, past))
         for arm in ended:
             decisions[arm.number] = Decision(Verdict.COMPLETE, "trained to the end")

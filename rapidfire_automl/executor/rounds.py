@@ -8,6 +8,7 @@ import numpy as np
 import optuna
 
 from rapidfire_automl.executor.arm import Arm
+from rapidfire_automl.histories import CHUNKS_ATTR, history_from_study
 from rapidfire_automl.pruners import PolicyPruner
 from rapidfire_automl.records import TrialRecord
 from rapidfire_policies.base import Decision, History, Policy, TrialHistory, TrialState, Verdict
@@ -45,6 +46,15 @@ def history(records: Iterable[TrialRecord], *, minimize: bool, chunks: int, slot
         chunks=chunks,
         slots=slots,
     )
+
+
+def past(study: optuna.Study, chunks: int) -> tuple[TrialHistory, ...]:
+    """Finished trials an earlier executor left in the study, if it cut trials into as many chunks."""
+    if CHUNKS_ATTR not in study.user_attrs:
+        study.set_user_attr(CHUNKS_ATTR, chunks)
+    if study.user_attrs[CHUNKS_ATTR] != chunks:
+        return ()
+    return tuple(trial for trial in history_from_study(study).trials if not trial.is_live)
 
 
 def judge(

@@ -8,7 +8,9 @@ import random
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from types import SimpleNamespace
 from typing import Any
+from unittest.mock import patch
 
 import datasets
 import optuna
@@ -21,6 +23,7 @@ from trl import SFTConfig, SFTTrainer
 
 from rapidfire_automl import PolicyPruner, RapidFireExecutor
 from rapidfire_automl.events import Event
+from rapidfire_automl.executor import executor as executor_module
 from rapidfire_automl.plan import Plan
 from rapidfire_policies import Decision, History, Policy, TrialState, Verdict
 
@@ -34,6 +37,8 @@ SPECIAL = ("<pad>", "<bos>", "<eos>", "<unk>")
 VOCABULARY = 300
 PLAN = Plan(budget_tokens=4096, reason="fixed for the tests")
 """Calibration is left out: it measures the machine."""
+NO_COLLECTOR = SimpleNamespace(collect=lambda *_: 0, freeze=lambda: None, unfreeze=lambda: None)
+"""Walking every object of torch and datasets, twice a search, would take longer than the search."""
 
 
 @functools.cache
@@ -201,7 +206,7 @@ def search(
     executor = make_executor(listeners=[events.append], **given)
     study = study or study_of(lrs, policy)
     count = n_trials or len(lrs)
-    with executor:
+    with patch.object(executor_module, "gc", NO_COLLECTOR), executor:
         prepare(executor)
         if threads:
             study.optimize(objective(executor), n_trials=count, n_jobs=executor.n_jobs)
