@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import random
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -280,6 +281,20 @@ def test_evaluation_does_not_disturb_training() -> None:
     for number in range(3):
         assert few.losses(number) == many.losses(number)
         assert few.values()[number] == many.values()[number][2::3]
+
+
+def test_a_metric_draws_the_same_numbers_each_time_and_disturbs_nobody() -> None:
+    draws: list[tuple[float, float, float]] = []
+
+    def metric(trainer: Any) -> float:
+        draws.append((float(torch.rand(())), float(np.random.rand()), random.random()))  # noqa: NPY002
+        return 1.0
+
+    done = with_metric(metric, objective=with_dropout)
+    assert len(draws) == 1 + 3 * 3
+    assert len(set(draws)) == 1
+    quiet = search(LRS[:3], objective=with_dropout)
+    assert [done.losses(number) for number in range(3)] == [quiet.losses(number) for number in range(3)]
 
 
 def test_the_base_is_measured_once() -> None:
