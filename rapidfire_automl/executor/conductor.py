@@ -196,21 +196,23 @@ class Conductor:
         ready = list(arms)
         for arm in arms:
             arm.answer, arm.decision = arm.decision, None
-        while ready:
+        moving = ready
+        while moving:
             for arm in ready:
-                self._hand_baton(arm, home)
+                self._hand_baton(arm)
             moving = [arm for arm in arms if not arm.done and not isinstance(arm.request, Boundary)]
-            if self._cancelled or not moving:
-                return
-            ready = self._serve(moving)
-        raise RuntimeError("The rendezvous is stuck: no request can be served.")
+            if self._cancelled:
+                break
+            ready = self._serve(moving) if moving else []
+            if moving and not ready:
+                raise RuntimeError("The rendezvous is stuck: no request can be served.")
+        home.enter()  # joint passes draw from the trials' generators only; what comes after a round may not
 
-    def _hand_baton(self, arm: Arm, home: TrialContext) -> None:
+    def _hand_baton(self, arm: Arm) -> None:
         begin = time.perf_counter()
         self._idle.clear()
         arm.go.set()
         self._idle.wait()
-        home.enter()
         self.handovers += 1
         arm.chunk_seconds += time.perf_counter() - begin
         if arm.done:

@@ -335,9 +335,7 @@ class Multiplexer:
             torch.autograd.backward(hidden, upstream)
         finally:
             self._current = None
-        for index, part in enumerate(opened.parts):
-            if part.live:
-                _hand_out(joint, index, part.segment.sites)
+        _hand_out(joint, opened.parts)
         self.timing.backward_s += time.perf_counter() - begin
 
     def again(self, parts: Sequence[Part]) -> None:
@@ -423,13 +421,19 @@ def _is_right_padded(mask: Tensor) -> bool:
     return bool((mask[:, 1:] <= mask[:, :-1]).all()) and bool(mask[:, 0].all())
 
 
-def _hand_out(joint: JointPass, index: int, sites: Mapping[str, LoraSite]) -> None:
-    for key, site in sites.items():
-        if key not in joint.grads:
-            continue
-        a, b = joint.grads[key]
-        for parameter, grad in ((site.a, a[index, : site.rank]), (site.b, b[index, : site.rank].T)):
-            if parameter.grad is None:
-                parameter.grad = grad.to(parameter.dtype)
-            else:
-                parameter.grad.add_(grad)
+def _hand_out(joint: JointPass, parts: Sequence[Part]) -> None:
+    """Give each live part's parameters their gradients; they are views of the pass's, which nobody else reads."""
+    for key, (a, b) in joint.grads.items():
+        a, b = a.to(joint.draw_dtype), b.to(joint.draw_dtype)
+        shares = zip(parts, a.unbind(), b.transpose(1, 2).unbind(), strict=True)
+        for part, of_a, of_b in shares:
+            site = part.segment.sites.get(key) if part.live else None
+            if site is None:
+                continue
+            if site.rank < of_a.shape[0]:
+                of_a, of_b = of_a[: site.rank], of_b[:, : site.rank]
+            for parameter, grad in ((site.a, of_a), (site.b, of_b)):
+                if parameter.grad is None:
+                    parameter.grad = grad
+                else:
+                    parameter.grad.add_(grad)

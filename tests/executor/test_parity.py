@@ -57,6 +57,7 @@ SFT = {
             "lr_scheduler_type": "cosine",
             "warmup_steps": 5,
             "weight_decay": 0.1,
+            "adam_epsilon": 1e-6,
             **EVALUATED,
         },
     ),
