@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import logging
@@ -9,6 +10,7 @@ import os
 import platform
 import time
 from dataclasses import replace
+from pathlib import Path
 
 import torch
 import transformers
@@ -25,24 +27,28 @@ logger = logging.getLogger("rapidfire_automl")
 
 _SIZES = (16, 64, 256, 1024, 4096)
 _LEAST = 256
+_in_this_process: dict[Path, Plan] = {}
 
 
 def plan_for(base: Base, slots: int) -> Plan:
     """The plan for a base on this machine: the one remembered, or a new calibration, which is then remembered.
 
     That a plan is remembered makes searches repeatable from one process to the next: another split of the same
-    requests would round differently in the last digit.
+    requests would round differently in the last digit. What was measured while other processes wanted the processors
+    is measured again when they don't.
     """
     if slots == 1:
         return Plan(trials_per_pass=1, reason="one slot")
-    path = cache_folder() / "plans" / f"{_fingerprint(base)}.json"
-    try:
-        return Plan.load(path)
-    except ValueError:
-        plan = calibrate(base)
-    if _is_busy():
-        logger.warning("The machine is busy: the plan measured now is not remembered (%s).", plan.reason)
-        return plan
+    quiet = cache_folder() / "plans" / f"{_fingerprint(base)}.json"
+    busy = quiet.with_suffix(".busy.json")  # believed only until there is a better one
+    if quiet in _in_this_process:
+        return _in_this_process[quiet]
+    while_busy = _is_busy()
+    for path in (quiet, busy) if while_busy else (quiet,):
+        with contextlib.suppress(ValueError):
+            return _in_this_process.setdefault(quiet, Plan.load(path))
+    plan = _in_this_process[quiet] = calibrate(base)
+    path = busy if while_busy else quiet
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = path.with_suffix(f".{os.getpid()}")
