@@ -150,11 +150,19 @@ def test_calibration_measures_and_leaves_no_trace() -> None:
 
 def test_a_calibration_is_remembered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("rapidfire_automl.executor.planner.cache_folder", lambda: tmp_path)
+    monkeypatch.setattr("rapidfire_automl.executor.planner._is_busy", lambda: False)
     first = plan_for(Base(tiny_model().requires_grad_(False), slots=4), slots=4)
     assert len(list(tmp_path.glob("plans/*.json"))) == 1
     assert plan_for(Base(tiny_model().requires_grad_(False), slots=4), slots=4) == first
     plan_for(Base(tiny_model(hidden=64).requires_grad_(False), slots=4), slots=4)
     assert len(list(tmp_path.glob("plans/*.json"))) == 2, "another base has a plan of its own"
+
+
+def test_a_calibration_of_a_busy_machine_is_not_remembered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("rapidfire_automl.executor.planner.cache_folder", lambda: tmp_path)
+    monkeypatch.setattr("rapidfire_automl.executor.planner._is_busy", lambda: True)
+    assert plan_for(Base(tiny_model().requires_grad_(False), slots=4), slots=4).tokens_per_s
+    assert not list(tmp_path.glob("plans/*"))
 
 
 def test_one_slot_needs_no_calibration() -> None:
@@ -163,6 +171,7 @@ def test_one_slot_needs_no_calibration() -> None:
 
 def test_a_search_calibrates_if_no_plan_is_given(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("rapidfire_automl.executor.planner.cache_folder", lambda: tmp_path)
+    monkeypatch.setattr("rapidfire_automl.executor.planner._is_busy", lambda: False)
     done = search(LRS[:2], plan=None)
     plan = done.events[0]
     assert plan.kind == "plan"

@@ -202,7 +202,7 @@ def test_one_decision_a_round_over_the_whole_history(direction: str) -> None:
 
 
 def test_steps_are_paced_within_a_round() -> None:
-    """A trial with three times as many steps a chunk makes three steps while its neighbour makes one."""
+    """A trial with four times as many steps makes four while its neighbour makes one."""
 
     def objective(executor: RapidFireExecutor) -> Callable[[optuna.Trial], float]:
         sizes = {0: 4, 1: 1}
@@ -210,7 +210,7 @@ def test_steps_are_paced_within_a_round() -> None:
             lambda trial: sft(executor, trial, lr=1e-3, per_device_train_batch_size=sizes[trial.number])
         )
 
-    done = search((0.0, 0.0), objective=objective)
+    done = search((0.0, 0.0), objective=objective, chunks=1)
     order = [event.trial for event in done.of_kind("step")]
     assert order.count(0) == 3
     assert order.count(1) == 12
