@@ -19,6 +19,8 @@ from rapidfire_automl import RapidFireExecutor
 from rapidfire_policies import TrialState
 from tests.executor.searches import LRS, Do, by_lr, make_executor, sft, study_of
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[2]
 
 PROGRAM = """

@@ -18,6 +18,8 @@ from transformers import LlamaForCausalLM
 
 from tests.executor.helpers import Spec, open_executor
 
+pytestmark = pytest.mark.slow
+
 SPEC = Spec(lora={"r": 4}, args={"max_steps": 4})
 
 

@@ -14,6 +14,8 @@ from rapidfire_automl import PolicyPruner, RapidFireExecutor
 from rapidfire_policies import ASHA, TrialState
 from tests.executor.searches import LRS, Scripted, by_lr, make_executor, search, sft, study_of
 
+pytestmark = pytest.mark.slow
+
 
 def short(executor: RapidFireExecutor) -> Callable[[optuna.Trial], float]:
     return by_lr(executor, max_steps=3, per_device_train_batch_size=4)

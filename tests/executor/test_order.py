@@ -15,6 +15,8 @@ from rapidfire_policies import ASHA
 from tests.executor.searches import LRS, Do, Done, by_lr, make_executor, search, sft, study_of
 from tests.executor.test_rounds import ALONE
 
+pytestmark = pytest.mark.slow
+
 CONFIGURATIONS = LRS[:6]
 ASHA2 = ASHA(reduction_factor=2)
 

@@ -218,6 +218,7 @@ def test_sft_and_dpo_side_by_side(base: LlamaForCausalLM, tmp_path: Path) -> Non
     assert {result.record.trainer for result in together if result.record} == {"SFTTrainer", "DPOTrainer"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("trials_per_pass", [1, 2])
 def test_any_plan_gives_the_same_numbers(base: LlamaForCausalLM, tmp_path: Path, trials_per_pass: int) -> None:
     specs = [short(spec) for spec in (*list(SFT.values())[:3], DPO["sigmoid"])]
@@ -299,6 +300,7 @@ EXTRA = {
 UNFUSED = {"DoRA", "modules_to_save", "lora_bias", "NEFTune"}
 
 
+@pytest.mark.slow
 def test_unfusable_adapters_own_losses_and_callbacks(base: LlamaForCausalLM, tmp_path: Path) -> None:
     """Beside each other and beside a trial that is in joint passes."""
     specs = [*EXTRA.values(), short(SFT["rsLoRA, dropout, ragged accumulation"])]

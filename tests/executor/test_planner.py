@@ -81,6 +81,7 @@ def test_the_budget_is_halved_until_passes_fit(method: str, reference: Done) -> 
     assert budgets[-1] < 100, "at the end no two trials share a pass"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["forward", "backward"])
 def test_what_does_not_fit_alone_fails_alone(method: str) -> None:
     def objective(executor: RapidFireExecutor) -> Callable[[optuna.Trial], float]:
@@ -112,11 +113,13 @@ def test_an_evaluation_that_does_not_fit_is_split_too(reference: Done) -> None:
     assert_same(done, reference)
 
 
+@pytest.mark.slow
 def test_a_small_budget_changes_no_loss(reference: Done) -> None:
     assert_same(search(LRS[:4], objective=with_dropout, plan=Plan(budget_tokens=40)), reference)
     assert_same(search(LRS[:4], objective=with_dropout, plan=Plan(trials_per_pass=1)), reference)
 
 
+@pytest.mark.slow
 def test_a_plan_bounds_the_trials_of_a_pass() -> None:
     sizes: list[int] = []
 

@@ -33,6 +33,8 @@ from tests.executor.searches import (
     tiny_model,
 )
 
+pytestmark = pytest.mark.slow
+
 ALONE = Plan(trials_per_pass=1, reason="one trial a pass")
 """With it a trial's numbers do not depend on its neighbours by a single bit."""
 
