@@ -70,11 +70,11 @@ def material(given: argparse.Namespace, folder: Path) -> tuple[Settings, Path]:
         if given.n_trials is not None:
             overrides.append(f"search.n_trials={given.n_trials}")
         return load_settings(given.search, overrides), given.search.resolve().parent
-    from rapidfire_automl.cli import demo
+    from rapidfire_automl.cli.demo import prepare
     from rapidfire_automl.cli.terminal import Terminal
 
     quiet = Terminal(as_json=False, quiet=True, debug=False)
-    return demo.prepare(folder, quiet, list(given.set or []), given.n_trials, None), folder
+    return prepare(folder, quiet, list(given.set or []), given.n_trials, None), folder
 
 
 def run(given: argparse.Namespace, folder: Path) -> dict[str, Any]:
