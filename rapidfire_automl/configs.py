@@ -46,7 +46,7 @@ class FieldConfig:
     A field reads and sets like an attribute; one that was not given reads as the default of the real class.
     """
 
-    library: ClassVar[str]
+    origin: ClassVar[str]
     real_name: ClassVar[str]
     _given: dict[str, Any]
 
@@ -58,7 +58,7 @@ class FieldConfig:
     @classmethod
     def known(cls) -> Mapping[str, dataclasses.Field[Any]]:
         """The fields of the real class, by name."""
-        return _known(cls.library, cls.real_name)
+        return _known(cls.origin, cls.real_name)
 
     @classmethod
     def of(cls, real: Any) -> Self:
@@ -76,7 +76,7 @@ class FieldConfig:
                 raise ValueError(self._unknown(name))
             for concrete in _members(value):
                 check_removed(name, concrete, self.real_name)
-        elif (hint := _hints(self.library, self.real_name).get(name)) is not None:
+        elif (hint := _hints(self.origin, self.real_name).get(name)) is not None:
             _check_number(f"{type(self).__name__}.{name}", value, hint, roundable=name in _ROUNDABLE)
         self._given[name] = value
 
@@ -129,7 +129,7 @@ class FieldConfig:
         if not is_concrete(self):
             raise ValueError(f"{self!r} still holds a List or a Range; `grid` or `suggest` fills it in.")
         given = migrate(fresh(self._given), self.real_name, self.known())
-        return _real(self.library, self.real_name)(**{**(defaults or {}), **given, **(overrides or {})})
+        return _real(self.origin, self.real_name)(**{**(defaults or {}), **given, **(overrides or {})})
 
     @classmethod
     def _trusted(cls, fields: dict[str, Any]) -> Self:
@@ -153,21 +153,21 @@ class RFLoraConfig(FieldConfig):
     RFLoraConfig(r=List([8, 16]), target_modules=['q_proj', 'v_proj'])
     """
 
-    library = "peft"
+    origin = "peft"
     real_name = "LoraConfig"
 
 
 class RFSFTConfig(FieldConfig):
     """TRL's `SFTConfig` with `List` and `Range` allowed in every field."""
 
-    library = "trl"
+    origin = "trl"
     real_name = "SFTConfig"
 
 
 class RFDPOConfig(FieldConfig):
     """TRL's `DPOConfig` with `List` and `Range` allowed in every field."""
 
-    library = "trl"
+    origin = "trl"
     real_name = "DPOConfig"
 
 
@@ -290,8 +290,8 @@ def fresh(value: Any) -> Any:
 
 
 @cache
-def _real(library: str, name: str) -> type:
-    if library == "peft":
+def _real(origin: str, name: str) -> type:
+    if origin == "peft":
         import peft as module
     else:
         import trl as module
@@ -299,13 +299,13 @@ def _real(library: str, name: str) -> type:
 
 
 @cache
-def _known(library: str, name: str) -> Mapping[str, dataclasses.Field[Any]]:
-    return {field.name: field for field in dataclasses.fields(_real(library, name)) if field.init}
+def _known(origin: str, name: str) -> Mapping[str, dataclasses.Field[Any]]:
+    return {field.name: field for field in dataclasses.fields(_real(origin, name)) if field.init}
 
 
 @cache
-def _hints(library: str, name: str) -> Mapping[str, Any]:
-    return typing.get_type_hints(_real(library, name))
+def _hints(origin: str, name: str) -> Mapping[str, Any]:
+    return typing.get_type_hints(_real(origin, name))
 
 
 def _default(field: dataclasses.Field[Any]) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeAlias
@@ -79,7 +80,7 @@ class Search:
         return self.pruning is not None or not self.queue
 
 
-class ConfigGroup:
+class ConfigGroup(ABC):
     """Configurations with a trainer; the subclasses say which of them are tried.
 
     Args:
@@ -101,6 +102,7 @@ class ConfigGroup:
         self.trainer_type = _trainer_type(trainer_type, members)
         self.configs = [_normalised(config, self.trainer_type) for config in members]
 
+    @abstractmethod
     def searches(self, pruning: Any = None, metric: Metric | None = None, direction: str = "minimize") -> list[Search]:
         """The searches to run, one a base.
 
@@ -109,7 +111,6 @@ class ConfigGroup:
             metric: Likewise.
             direction: Likewise.
         """
-        raise NotImplementedError
 
     def _fixed(self, points: Iterable[tuple[Mapping[str, Choice], Any]], space: Space, **common: Any) -> list[Search]:
         """One search a base from configurations that are known before."""

@@ -80,7 +80,6 @@ class Conductor:
         self._idle = threading.Event()
         self._cancelled = False
         self._asked = 0
-        self.handovers = 0
 
     @property
     def arms(self) -> Sequence[Arm]:
@@ -213,7 +212,6 @@ class Conductor:
         self._idle.clear()
         arm.go.set()
         self._idle.wait()
-        self.handovers += 1
         arm.chunk_seconds += time.perf_counter() - begin
         if arm.done:
             arm.abandon_passes()

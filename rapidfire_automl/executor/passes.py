@@ -117,14 +117,12 @@ class Multiplexer:
         self.device = seams.device_of(base)
         self.head: Head | None = seams.shared_head(base)
         self._mux = seams.share_clone(base)
-        self._prefix = self._mux.base_model_prefix + "."
         self._decoder = seams.decoder_of(self._mux)
         self._layers = seams.checkpointing_layers(self._mux)
         self._mux.train()
         self._wrapped: set[str] = set()
         self._current: JointPass | None = None
-        self._scales: dict[tuple[Any, ...], Mapping[str, Tensor]] = {}
-        self._cast_head: dict[torch.dtype, Head] = {}
+        self._cast_head: dict[tuple[torch.dtype, float], Head] = {}
         make_lean(self._decoder)
         self.use(Plan())
 
@@ -151,7 +149,7 @@ class Multiplexer:
             requests: Trials and what they ask for, in trial order.
 
         Returns:
-            A part per request with its answer in `leaves` (and `Answer`), and the open pass if a backward may follow.
+            A part per request with its answer in `leaves`, and the open pass if a backward may follow.
 
         Raises:
             torch.OutOfMemoryError: The pass didn't fit; nothing has changed.
@@ -309,10 +307,10 @@ class Multiplexer:
     def _head(self, dtype: torch.dtype, logit_scale: float) -> Head:
         """The head cast once, not once a pass."""
         assert self.head is not None
-        if dtype not in self._cast_head:
+        if (dtype, logit_scale) not in self._cast_head:
             bias = None if self.head.bias is None else self.head.bias.to(dtype)
-            self._cast_head[dtype] = Head(self.head.weight.to(dtype), bias, logit_scale)
-        return self._cast_head[dtype]
+            self._cast_head[dtype, logit_scale] = Head(self.head.weight.to(dtype), bias, logit_scale)
+        return self._cast_head[dtype, logit_scale]
 
     # -- backward --------------------------------------------------------------------------------------------------
 

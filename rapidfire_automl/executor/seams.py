@@ -237,7 +237,6 @@ class Seam:
     fused: bool
     joint_head: bool
     notes: list[str] = field(default_factory=list)
-    outside: int = 0
     _checkpointed: Any = None
     _adapted: Any = None
     _off: int = 0
@@ -313,7 +312,6 @@ class Seam:
             if torch.is_grad_enabled():
                 self.pace()
             if request is None:
-                self.outside += 1
                 with self._own_disable() if self._off else nullcontext():
                     return own(**kwargs)
             return BaseModelOutputWithPast(last_hidden_state=self.submit(request))
