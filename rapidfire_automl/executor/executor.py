@@ -12,7 +12,6 @@ import time
 import traceback
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal
@@ -34,13 +33,14 @@ from rapidfire_automl.executor.base import Base, BaseChanged
 from rapidfire_automl.executor.conductor import Conductor
 from rapidfire_automl.executor.context import TrialContext
 from rapidfire_automl.executor.evaluation import Evaluator, Measured, Metric
+from rapidfire_automl.executor.explanation import explain
 from rapidfire_automl.executor.loading import ModelLike, load_base, load_tokenizer
 from rapidfire_automl.executor.planner import plan_for
 from rapidfire_automl.executor.requests import Forward
 from rapidfire_automl.executor.sources import Arrivals, Asking
 from rapidfire_automl.plan import Plan
 from rapidfire_automl.records import TrialRecord
-from rapidfire_policies.base import Decision, TrialHistory, TrialState, Verdict
+from rapidfire_policies.base import TrialState, Verdict
 
 logger = logging.getLogger("rapidfire_automl")
 
@@ -130,6 +130,7 @@ class RapidFireExecutor:
         self._output_dir = None if output_dir is None else Path(output_dir)
         self._listeners = list(listeners)
         self._records: dict[int, TrialRecord] = {}
+        self._referee = rounds.Referee(self._records, chunks, slots, self._tell)
         self._base: Base | None = None
         self._conductor: Conductor | None = None
         self._arrivals: Arrivals | None = None
@@ -138,7 +139,6 @@ class RapidFireExecutor:
         self._stopping = False
         self._base_taken = False
         self._study_name = ""
-        self._past: tuple[TrialHistory, ...] = ()
         self._local = threading.local()
         self._exit = ExitStack()
         self._opening = threading.Lock()
@@ -306,23 +306,7 @@ class RapidFireExecutor:
         """What the planner chose and why, and what the joint passes did so far."""
         if self._conductor is None or self._base is None:
             return "Nothing is planned yet: the base is loaded with the first trial or on entering the executor."
-        plan, lines = self._conductor.plan, []
-        limit = "any number of" if plan.trials_per_pass is None else str(plan.trials_per_pass)
-        lines.append(f"Plan: {plan.budget_tokens} tokens and {limit} trials a pass; {plan.reason}.")
-        for tokens, rate in plan.tokens_per_s:
-            lines.append(f"  {tokens:>6} tokens a pass: {rate:8.0f} tokens/s")
-        lines += [f"Seam: {note}." for note in self._base.notes]
-        timing = self._base.multiplexer.timing
-        if timing.passes:
-            lines.append(
-                f"Joint passes: {timing.passes}, {timing.trials / timing.passes:.1f} trials each; "
-                f"decoder forward {timing.forward_s:.1f} s, head {timing.head_s:.1f} s, "
-                f"backward {timing.backward_s:.1f} s."
-            )
-        for record in self._records.values():
-            if record.why_unfused:
-                lines.append(f"Trial {record.number} trains unfused: {record.why_unfused}.")
-        return "\n".join(lines)
+        return explain(self._conductor.plan, self._base, self._records.values())
 
     def close(self) -> None:
         """Free the base, the adapters and the threads."""
@@ -372,7 +356,7 @@ class RapidFireExecutor:
                     self._plan = plan_for(self._base, self.slots)
                 plan = self._plan
                 self._base.multiplexer.use(plan)
-                self._conductor = Conductor(self.slots, self.n_jobs, plan, self._judge, self._tell, self._clock)
+                self._conductor = Conductor(self.slots, self.n_jobs, plan, self._referee, self._tell, self._clock)
                 self._conductor.multiplexer = self._base.multiplexer
                 logger.info("Plan: %s", plan.reason)
                 self._tell(
@@ -432,7 +416,7 @@ class RapidFireExecutor:
             if study.study_name != self._study_name:
                 self._study_name = study.study_name
                 self._records.clear()
-                self._past = rounds.past(study, self.chunks)
+                self._referee.past = rounds.past(study, self.chunks)
 
     def _arm(self, trial: optuna.Trial) -> Arm:
         record = TrialRecord(trial.number)
@@ -561,38 +545,7 @@ class RapidFireExecutor:
             joint_head=base.multiplexer.head is not None,
         )
 
-    # -- a round's end, in the conductor's thread --------------------------------------------------------------------
-
-    def _judge(self, waiting: Sequence[Arm], paused: Sequence[Arm]) -> dict[int, Decision]:
-        for arm in waiting:
-            request, record = arm.request, arm.record
-            record.values.append(request.value)
-            record.scores.append(np.asarray(request.scores, dtype=np.float64))
-            record.seconds.append(arm.chunk_seconds)
-            record.tokens.append(arm.chunk_tokens)
-            self._tell("chunk_done", arm, value=request.value, seconds=arm.chunk_seconds, tokens=arm.chunk_tokens)
-            arm.chunk_seconds, arm.chunk_tokens = 0.0, 0
-        rounds.report(waiting)
-        ended = [arm for arm in waiting if len(arm.record.values) >= len(arm.record.boundaries)]
-        for arm in ended:
-            arm.record.state = TrialState.COMPLETE
-        going = [arm for arm in waiting if arm not in ended]
-        decisions: dict[int, Decision] = {}
-        if going or paused:
-            study = (going or paused)[0].trial.study
-            minimize = (going or paused)[0].minimize
-            past = rounds.history(self._records.values(), minimize=minimize, chunks=self.chunks, slots=self.slots)
-            past = replace(past, trials=(*self._past, *past.trials))
-            decisions = dict(rounds.judge(study, going, paused, past))
-        for arm in ended:
-            decisions[arm.number] = Decision(Verdict.COMPLETE, "trained to the end")
-        for arm in sorted([*waiting, *paused], key=lambda arm: arm.number):
-            decision = decisions.get(arm.number)
-            if decision is None or (arm in paused and decision.verdict is Verdict.PAUSE):
-                continue
-            arm.record.verdicts.append((len(arm.record.values), str(decision.verdict), decision.reason))
-            self._tell("verdict", arm, verdict=str(decision.verdict), reason=decision.reason)
-        return decisions
+    # -- the rest ----------------------------------------------------------------------------------------------------
 
     def _tell(self, kind: str, arm: Arm | None, **data: Any) -> None:
         event = Event(

@@ -1,8 +1,9 @@
-"""The judgement at the end of a round: report, build the history, ask the policy or the pruner once."""
+"""The end of a round: record, report, build the history, ask the policy or the pruner once."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 
 import numpy as np
 import optuna
@@ -12,6 +13,66 @@ from rapidfire_automl.histories import CHUNKS_ATTR, history_from_study
 from rapidfire_automl.pruners import PolicyPruner
 from rapidfire_automl.records import TrialRecord
 from rapidfire_policies.base import Decision, History, Policy, TrialHistory, TrialState, Verdict
+
+
+class Referee:
+    """Closes rounds; called in the conductor's thread.
+
+    Args:
+        records: Of all trials, by number; filled here, and read.
+        chunks: Of a whole trial.
+        slots: Trials that train at a time.
+        tell: Emits an event (kind, arm, data).
+    """
+
+    def __init__(self, records: Mapping[int, TrialRecord], chunks: int, slots: int, tell: Callable[..., None]) -> None:
+        self.past: tuple[TrialHistory, ...] = ()
+        self._records = records
+        self._chunks = chunks
+        self._slots = slots
+        self._tell = tell
+
+    def __call__(self, waiting: Sequence[Arm], paused: Sequence[Arm]) -> dict[int, Decision]:
+        """Record what the arms at a boundary have to say, and judge.
+
+        Args:
+            waiting: Arms at a boundary.
+            paused: Paused arms.
+
+        Returns:
+            A decision per trial number; whoever is left out goes on as it is.
+        """
+        for arm in waiting:
+            self._record(arm)
+        report(waiting)
+        ended = [arm for arm in waiting if len(arm.record.values) >= len(arm.record.boundaries)]
+        for arm in ended:
+            arm.record.state = TrialState.COMPLETE
+        going = [arm for arm in waiting if arm not in ended]
+        decisions: dict[int, Decision] = {}
+        if going or paused:
+            one = (going or paused)[0]
+            now = history(self._records.values(), minimize=one.minimize, chunks=self._chunks, slots=self._slots)
+            whole = replace(now, trials=(*self.past, *now.trials))
+            decisions = dict(judge(one.trial.study, going, paused, whole))
+        for arm in ended:
+            decisions[arm.number] = Decision(Verdict.COMPLETE, "trained to the end")
+        for arm in sorted([*waiting, *paused], key=lambda arm: arm.number):
+            decision = decisions.get(arm.number)
+            if decision is None or (arm in paused and decision.verdict is Verdict.PAUSE):
+                continue
+            arm.record.verdicts.append((len(arm.record.values), str(decision.verdict), decision.reason))
+            self._tell("verdict", arm, verdict=str(decision.verdict), reason=decision.reason)
+        return decisions
+
+    def _record(self, arm: Arm) -> None:
+        request, record = arm.request, arm.record
+        record.values.append(request.value)
+        record.scores.append(np.asarray(request.scores, dtype=np.float64))
+        record.seconds.append(arm.chunk_seconds)
+        record.tokens.append(arm.chunk_tokens)
+        self._tell("chunk_done", arm, value=request.value, seconds=arm.chunk_seconds, tokens=arm.chunk_tokens)
+        arm.chunk_seconds, arm.chunk_tokens = 0.0, 0
 
 
 def report(arms: Sequence[Arm]) -> None:
