@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from rapidfire_automl.experiment import Experiment, RFGridSearch, RFOptuna, RFRandomSearch
     from rapidfire_automl.plan import Plan
     from rapidfire_automl.pruners import PolicyPruner
+    from rapidfire_automl.replay import replay as replay
     from rapidfire_automl.search import SearchResult, run_search
     from rapidfire_automl.space import List, Range
 
@@ -38,6 +39,7 @@ _MODULES = {
     "Range": "space",
     "RapidFireExecutor": "executor",
     "SearchResult": "search",
+    "replay": "replay",
     "run_search": "search",
 }
 
@@ -59,6 +61,7 @@ __all__ = [
     "RapidFireExecutor",
     "SearchResult",
     "__version__",
+    "replay",
     "run_search",
 ]
 
