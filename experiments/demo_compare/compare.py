@@ -83,16 +83,16 @@ def draw(results: Mapping[str, Any], path: Path) -> Path | None:
         ends.append(end_s)
     if _is_number(ours["base_value"]):
         axes.axhline(ours["base_value"], color=MUTED, linewidth=1, linestyle=(0, (4, 3)), label="untrained base")
-    axes.set_xscale("log")
+    shown = [value for line in axes.get_lines() for value in line.get_ydata()]
+    if min(shown) > 0 and max(shown) > 20 * min(shown):
+        axes.set_yscale("log")
+        axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
+    axes.set_xlim(left=0)
     axes.xaxis.set_major_formatter(lambda value, _: f"{value:g} s")
     axes.set_xlabel("wall time")
     axes.set_ylabel("best held-out value so far")
     axes.legend(frameon=False, fontsize=9, labelcolor=INK, loc="best")
-    as_good = (results["comparison"] or {}).get("as_good") or []
-    reached = next((one["ours_reached_s"] for one in as_good if one["tolerance"] == 0.01), None)
     finding = f"Joint search over after {ends[0]:.0f} s, plain TRL after {ends[1]:.0f} s"
-    if reached is not None:
-        finding = f"As good after {reached:.0f} s as plain TRL after {ends[1]:.0f} s"
     wording = "the same trials" if serial["configurations"] == "same" else "its own trials"
     title(
         figure, finding, f"{len(serial['trials'])} trials; plain TRL trains {wording}, one after the other, to the end"

@@ -91,9 +91,10 @@ def _heading(figure: Any, results: Mapping[str, Any], cells: list[Any], counts: 
         left, 1 - 0.17 * inch, f"Up to {ratio:.1f}× serial TRL: {many}, {best['tokens']} tokens a step",
         va="top", fontsize=13, weight="bold", color=INK,
     )  # fmt: skip
-    machine = results["hardware"]["gpu"] or f"{results['hardware']['cpus']} CPUs"
+    machine = results["hardware"]["gpu"]
     if results["config"]["device"] == "cpu":
-        machine = f"{results['hardware']['cpus']} CPUs"
+        cpus = results["hardware"]["cpus"]
+        machine = "1 CPU" if cpus == 1 else f"{cpus} CPUs"
     rounds = min(len(cell["rounds"]) for cell in cells)
     figure.text(
         left, 1 - 0.48 * inch,

@@ -23,6 +23,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import json
 import multiprocessing
 import os
 import statistics
@@ -232,6 +233,27 @@ def paired_ratio(above: Sequence[float], below: Sequence[float], seed: int, draw
     }
 
 
+def merge(kept: Mapping[str, Any], results: Mapping[str, Any]) -> dict[str, Any]:
+    """Fill the cells that are missing in `kept` with those of a later run of the same code on the same machine.
+
+    Raises:
+        ValueError: They differ in more than how long a cell may take and which cells there are.
+    """
+    for name in ("experiment", "seed", "commit", "dirty", "versions", "hardware"):
+        if kept[name] != results[name]:
+            raise ValueError(f"Results of two runs can't be merged: `{name}` is {kept[name]!r} and {results[name]!r}.")
+    free = ("rounds", "min_rounds", "cell_limit_s", "time_limit_s", "grid", "memory_bytes")
+    one, other = ({k: v for k, v in each["config"].items() if k not in free} for each in (kept, results))
+    if one != other:
+        raise ValueError(f"Results of two runs can't be merged: their configurations are {one} and {other}.")
+    new = {(c["base"], c["trials"], c["tokens"]): c for c in results["cells"] if c["status"] == "complete"}
+    cells = [
+        cell if cell["status"] == "complete" else new.get((cell["base"], cell["trials"], cell["tokens"]), cell)
+        for cell in kept["cells"]
+    ]
+    return {**kept, "cells": cells, "wall_s": kept["wall_s"] + results["wall_s"]}
+
+
 def _plan(fields: dict[str, Any] | None) -> Plan:
     return Plan() if fields is None else Plan(**fields)
 
@@ -361,6 +383,7 @@ def parse(
     parser.add_argument("--threads", type=int, help="torch's threads; default: its own choice")
     parser.add_argument("--memory-limit", type=float, help="GiB of a process; default: 80%% of what is free, on a CPU")
     parser.add_argument("--out", type=Path, default=HERE / "results.json")
+    parser.add_argument("--fill", type=Path, help="results whose missing cells this run's cells are to fill in --out")
     given = parser.parse_args(words)
     config = tomllib.loads(given.config.read_text(encoding="utf-8"))
     bases, grids = config.pop("bases"), config.pop("grids")
@@ -392,7 +415,7 @@ def parse(
         grid = grids[given.grid] if given.grid in grids else _grid(given.grid)
     except ValueError:
         parser.error(f"`--grid` must be {', '.join(grids)}, or trials x tokens like 1,8x16,64; got {given.grid!r}.")
-    return settings, chosen, grid, given.out
+    return settings, chosen, grid, given
 
 
 def _located(base: Mapping[str, Any]) -> dict[str, Any]:
@@ -415,8 +438,12 @@ def _grid(text: str) -> dict[str, list[int]]:
 def main() -> None:
     from experiments.throughput.figure import draw
 
-    settings, bases, grid, out = parse()
+    settings, bases, grid, given = parse()
+    out = given.out
     results = run(settings, bases, grid, out)
+    if given.fill is not None:
+        results = merge(json.loads(given.fill.read_text(encoding="utf-8")), results)
+        provenance.write(out, results)
     drawn = draw(results, out.with_name("figure.png" if out.stem == "results" else f"{out.stem}.png"))
     print(f"{results['status']} in {results['wall_s']:.0f} s: {out}" + (f", {drawn}" if drawn else ""))
 

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from experiments.throughput.figure import draw
-from experiments.throughput.run import paired_ratio, parse
+from experiments.throughput.run import merge, paired_ratio, parse
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = ROOT / "experiments" / "throughput" / "run.py"
@@ -137,3 +137,21 @@ def test_what_was_not_measured_is_null(tmp_path: Path) -> None:
         assert cell["joint"] is cell["speedup"] is None
     assert draw(results, tmp_path / "none.png") is None
     assert not (tmp_path / "figure.png").exists()
+
+
+def test_a_later_run_fills_the_cells_that_are_missing() -> None:
+    def results(**changed: Any) -> dict[str, Any]:
+        facts = {"experiment": "throughput", "seed": 0, "commit": "a", "dirty": False, "versions": {}, "hardware": {}}
+        return {**facts, "wall_s": 1.0, "config": {"steps": 2, "rounds": 10}, **changed}
+
+    def cell(tokens: int, status: str, speedup: float | None) -> dict[str, Any]:
+        return {"base": "toy", "trials": 1, "tokens": tokens, "status": status, "speedup": speedup}
+
+    old = results(cells=[cell(8, "complete", 1.0), cell(16, "missing", None), cell(32, "missing", None)])
+    new = results(cells=[cell(8, "complete", 9.0), cell(16, "complete", 2.0)], config={"steps": 2, "rounds": 3})
+    merged = merge(old, new)
+    assert [one["speedup"] for one in merged["cells"]] == [1.0, 2.0, None]
+    assert merged["wall_s"] == 2.0
+    for name, value in (("commit", "b"), ("hardware", {"cpus": 2}), ("config", {"steps": 3})):
+        with pytest.raises(ValueError, match="can't be merged"):
+            merge(old, {**new, name: value})
