@@ -25,7 +25,8 @@ from rapidfire_automl.plan import Plan, choose
 
 logger = logging.getLogger("rapidfire_automl")
 
-_SIZES = (16, 64, 256, 1024, 4096)
+_SIZES = (16, 64, 256, 1024)
+_LARGER = (4096,)  # on a GPU; a CPU's caches are long full, and the activations of such a pass take gigabytes
 _LEAST = 256
 _in_this_process: dict[Path, Plan] = {}
 
@@ -94,6 +95,7 @@ def calibrate(base: Base, *, limit_s: float = 4.0) -> Plan:
         measured_widths = attention.widths(base.model.config.get_text_config(), dtypes)
         plan = replace(plan, short_attention=tuple(measured_widths.items()))
         base.multiplexer.use(plan)
+    sizes = _SIZES if device.type == "cpu" else _SIZES + _LARGER
     begin = time.perf_counter()
     measured: list[tuple[int, float]] = []
     with generators_of_its_own(0):
@@ -105,7 +107,7 @@ def calibrate(base: Base, *, limit_s: float = 4.0) -> Plan:
         probe.row = base.bank.add(sites)
         base.multiplexer.wrap(sites)
         try:
-            for size in _SIZES:
+            for size in sizes:
                 late = time.perf_counter() - begin > limit_s
                 if late and size > _LEAST:
                     break
