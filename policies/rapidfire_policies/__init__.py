@@ -2,7 +2,31 @@
 
 from rapidfire_policies.asha import ASHA
 from rapidfire_policies.base import Decision, History, Policy, TrialHistory, TrialState, Verdict
+from rapidfire_policies.fixed_step import FixedStep
+from rapidfire_policies.guard import Guard
+from rapidfire_policies.hyperband import Hyperband
 from rapidfire_policies.median import Median
 from rapidfire_policies.nop import Nop
+from rapidfire_policies.pasha import PASHA
+from rapidfire_policies.patience import Patience
+from rapidfire_policies.successive_halving import SuccessiveHalving
+from rapidfire_policies.warm_up import WarmUp
 
-__all__ = ["ASHA", "Decision", "History", "Median", "Nop", "Policy", "TrialHistory", "TrialState", "Verdict"]
+__all__ = [
+    "ASHA",
+    "PASHA",
+    "Decision",
+    "FixedStep",
+    "Guard",
+    "History",
+    "Hyperband",
+    "Median",
+    "Nop",
+    "Patience",
+    "Policy",
+    "SuccessiveHalving",
+    "TrialHistory",
+    "TrialState",
+    "Verdict",
+    "WarmUp",
+]
