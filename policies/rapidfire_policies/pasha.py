@@ -120,10 +120,10 @@ def epsilon(curves: NDArray[np.float64], below: int, percentile: float) -> float
     difference, length = difference[length > below], length[length > below]
     pairs = np.arange(len(length))
     at_last = difference[pairs, length - 1]
-    crossed = ((difference > 0) != (at_last > 0)[:, None]) & np.isfinite(difference)
-    # The last crossed chunk has index k; the order was the same as at the end before it, unless all k + 1 were crossed.
-    k = curves.shape[1] - 1 - np.argmax(crossed[:, ::-1], axis=1)
-    twice = crossed.any(axis=1) & (crossed.sum(axis=1) < k + 1)
+    ahead = difference * np.sign(at_last)[:, None]
+    first_ahead = np.argmax(ahead > 0, axis=1)
+    last_behind = ahead.shape[1] - 1 - np.argmax(ahead[:, ::-1] < 0, axis=1)
+    twice = (ahead > 0).any(axis=1) & (ahead < 0).any(axis=1) & (first_ahead < last_behind)
     return float(np.percentile(np.abs(at_last[twice]), percentile)) if twice.any() else 0.0
 
 
