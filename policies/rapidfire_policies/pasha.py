@@ -102,24 +102,21 @@ def agree(history: History, below: int, cap: int, percentile: float) -> bool:
     at_below = np.array([value for *_, value in finite])
     if len(at_below) < 2:
         return True
-    tolerance = epsilon(_between(history, below, cap), below, percentile)
+    tolerance = epsilon(_between(history, below, cap), percentile)
     return bool((np.abs(at_below - np.sort(at_below)) <= tolerance).all())
 
 
-def epsilon(curves: NDArray[np.float64], below: int, percentile: float) -> float:
+def epsilon(curves: NDArray[np.float64], percentile: float) -> float:
     """The `percentile` of the differences between trials that crossed twice; 0 without such a pair.
 
     Args:
         curves: Values by trial and chunk up to the cap, `(trials, chunks)` float64, NaN where a trial was not trained.
-        below: The rung below the cap, in chunks.
         percentile: Between 0 and 100.
     """
     one, other = np.triu_indices(len(curves), k=1)
     difference = curves[one] - curves[other]
     length = np.isfinite(difference).sum(axis=1)
-    difference, length = difference[length > below], length[length > below]
-    pairs = np.arange(len(length))
-    at_last = difference[pairs, length - 1]
+    at_last = difference[np.arange(len(length)), length - 1]
     ahead = difference * np.sign(at_last)[:, None]
     first_ahead = np.argmax(ahead > 0, axis=1)
     last_behind = ahead.shape[1] - 1 - np.argmax(ahead[:, ::-1] < 0, axis=1)
