@@ -18,8 +18,9 @@ def promote(
     trials have been there. Waiting costs memory, so at most `slots` trials wait: those at the highest rungs, at one
     rung those with the best ranks; the rest is stopped. (Then trials that wait never keep newcomers from the slots.)
 
-    When nobody trains and nobody can be promoted, no newcomer is to come. If no finite trial is complete by then, the
-    first of those that wait goes on alone, rung after rung; otherwise all of them are stopped.
+    When nobody trains and nobody can be promoted, no newcomer is to come (or all that trained ended in one
+    round, which looks the same). If no finite trial is complete by then, the first of those that wait goes on alone,
+    rung after rung; otherwise all of them are stopped. Their values stay on record.
 
     Args:
         history: All trials.

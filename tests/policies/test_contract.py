@@ -64,10 +64,15 @@ CONFIGURED = [
 
 
 @pytest.mark.parametrize("check", testing.CHECKS, ids=lambda check: check.__name__)
-@pytest.mark.parametrize("policy", [*(cls() for cls in EXPORTED), *CONFIGURED], ids=repr)
+@pytest.mark.parametrize("policy", [cls() for cls in EXPORTED], ids=repr)
 @pytest.mark.parametrize("seed", [0, 1])
 def test_exported_policies_keep_the_contract(policy: Policy, check: Callable[..., None], seed: int) -> None:
     check(policy, seed=seed)
+
+
+@pytest.mark.parametrize("policy", CONFIGURED, ids=repr)
+def test_so_they_do_with_other_hyperparameters(policy: Policy) -> None:
+    testing.check_policy(policy)
 
 
 def test_policies_need_neither_torch_nor_optuna_nor_the_library() -> None:
