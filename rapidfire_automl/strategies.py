@@ -66,14 +66,16 @@ def make_sampler(sampler: Any, seed: int) -> optuna.samplers.BaseSampler:
 def make_pruning(pruning: Any) -> Policy | optuna.pruners.BasePruner | None:
     """A policy or an Optuna pruner by name; one that is given as such passes through.
 
+    "median" is the rule RapidFire AI has under that name, which compares last values.
+
     Raises:
         ValueError: An unknown name.
     """
     from rapidfire_automl.pruners import policy_from_name
-    from rapidfire_policies import Nop, Policy
+    from rapidfire_policies import Median, Nop, Policy
 
     if isinstance(pruning, str):
-        pruning = policy_from_name(pruning)
+        pruning = Median(average=False) if pruning.lower() == "median" else policy_from_name(pruning)
     if pruning is None or isinstance(pruning, (Nop, optuna.pruners.NopPruner)):
         return None
     if isinstance(pruning, (Policy, optuna.pruners.BasePruner)):

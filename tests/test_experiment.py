@@ -19,7 +19,7 @@ from rapidfire_automl.groups import RFGridSearch, RFOptuna, RFRandomSearch
 from rapidfire_automl.records import TrialRecord
 from rapidfire_automl.search import SearchFailed, SearchInterrupted
 from rapidfire_automl.space import List, Range
-from rapidfire_policies import ASHA
+from rapidfire_policies import ASHA, Median
 from rapidfire_policies.base import TrialState
 
 ROWS = [{"prompt": f"{i}", "completion": f"{2 * i}"} for i in range(32)]
@@ -156,7 +156,7 @@ def test_optuna_takes_rapidfires_arguments():
     )
     (search,) = group.searches()
     assert (search.n_trials, search.slots, search.direction, search.metric) == (6, 4, "maximize", "rougeL")
-    assert type(search.pruning).__name__ == "Median"
+    assert search.pruning == Median(average=False)
     assert RFOptuna(config(), "SFT", pruner=None).searches()[0].pruning is None
     assert RFOptuna(config(), "SFT", pruner="asha").searches()[0].pruning == ASHA()
     stock = optuna.pruners.HyperbandPruner()

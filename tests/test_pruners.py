@@ -14,6 +14,7 @@ import optuna
 import pytest
 from optuna.storages.journal import JournalFileBackend
 
+import rapidfire_policies
 from rapidfire_automl.histories import CHUNKS_ATTR, history_from_study
 from rapidfire_automl.pruners import PolicyPruner, policy_from_name, policy_names
 from rapidfire_policies import ASHA, Decision, History, Median, Nop, Policy, TrialState, Verdict
@@ -211,7 +212,7 @@ def test_only_stop_prunes_in_plain_optuna(verdict: Verdict | None) -> None:
 def test_the_pruner_shows_its_policy_and_refuses_what_is_none() -> None:
     pruner = PolicyPruner(ASHA(reduction_factor=2), chunks=8)
     assert pruner.policy == ASHA(reduction_factor=2)
-    assert repr(pruner) == "PolicyPruner(ASHA(min_resource=1, reduction_factor=2), chunks=8)"
+    assert repr(pruner) == "PolicyPruner(ASHA(min_resource=1, reduction_factor=2, form='stop'), chunks=8)"
     with pytest.raises(ValueError, match=r"`policy` must be a rapidfire_policies.Policy, .* Write `ASHA\(\)`"):
         PolicyPruner(ASHA)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"got 'asha'\. Use policy_from_name"):
@@ -222,7 +223,9 @@ def test_the_pruner_shows_its_policy_and_refuses_what_is_none() -> None:
 
 
 def test_policies_by_name() -> None:
-    assert policy_names() == {"asha": ASHA, "median": Median, "nop": Nop}
+    names = policy_names()
+    assert names.items() >= {"asha": ASHA, "median": Median, "nop": Nop}.items()
+    assert all(cls.__name__ in rapidfire_policies.__all__ and cls() == policy_from_name(n) for n, cls in names.items())
     assert policy_from_name("asha") == policy_from_name("ASHA") == ASHA()
     assert policy_from_name("asha", min_resource=2, reduction_factor=4) == ASHA(2, 4)
     assert policy_from_name("nop") == Nop()
@@ -232,10 +235,10 @@ def test_policies_by_name() -> None:
 @pytest.mark.parametrize(
     ("name", "arguments", "message"),
     [
-        ("ahsa", {}, r"one of asha, median, nop or .*got 'ahsa'\. Did you mean `asha`\?"),
-        ("policy", {}, r"one of asha, median, nop or .*got 'policy'\.$"),
+        ("ahsa", {}, r"one of asha, .*, nop.* or .*got 'ahsa'\. Did you mean `asha`\?"),
+        ("policy", {}, r"one of asha, .*, nop.* or .*got 'policy'\.$"),
         ("", {}, "got ''"),
-        ("asha", {"eta": 3}, r"`eta` is no argument of ASHA\. It takes: min_resource, reduction_factor\."),
+        ("asha", {"eta": 3}, r"`eta` is no argument of ASHA\. It takes: min_resource, reduction_factor, form\."),
         ("asha", {"reduction_facto": 3}, r"Did you mean `reduction_factor`\?"),
         ("nop", {"eta": 3}, r"`eta` is no argument of Nop\. It takes: none\."),
         ("asha", {"reduction_factor": 1}, "`reduction_factor` must be an integer >= 2, got 1"),

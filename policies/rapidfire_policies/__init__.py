@@ -4,21 +4,35 @@ from rapidfire_policies.asha import ASHA
 from rapidfire_policies.auto import Auto
 from rapidfire_policies.base import Decision, History, Policy, TrialHistory, TrialState, Verdict
 from rapidfire_policies.curve_predict import CurvePredict
+from rapidfire_policies.fixed_step import FixedStep
+from rapidfire_policies.guard import Guard
+from rapidfire_policies.hyperband import Hyperband
 from rapidfire_policies.median import Median
 from rapidfire_policies.nop import Nop
+from rapidfire_policies.pasha import PASHA
+from rapidfire_policies.patience import Patience
 from rapidfire_policies.rising_bound import RisingBound
+from rapidfire_policies.successive_halving import SuccessiveHalving
+from rapidfire_policies.warm_up import WarmUp
 
 __all__ = [
     "ASHA",
+    "PASHA",
     "Auto",
     "CurvePredict",
     "Decision",
+    "FixedStep",
+    "Guard",
     "History",
+    "Hyperband",
     "Median",
     "Nop",
+    "Patience",
     "Policy",
     "RisingBound",
+    "SuccessiveHalving",
     "TrialHistory",
     "TrialState",
     "Verdict",
+    "WarmUp",
 ]

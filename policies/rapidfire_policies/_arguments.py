@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import math
+
+from rapidfire_policies.base import Policy
+
 
 def check_int(name: str, value: object, at_least: int, fix: str = "") -> None:
     """Raise ValueError unless `value` is an integer (a bool is none) of at least `at_least`.
@@ -14,3 +18,38 @@ def check_int(name: str, value: object, at_least: int, fix: str = "") -> None:
     if isinstance(value, bool) or not isinstance(value, int) or value < at_least:
         message = f"`{name}` must be an integer >= {at_least}, got {value!r}. {fix}"
         raise ValueError(message.rstrip())
+
+
+def check_number(
+    name: str, value: object, *, at_least: float | None = None, above: float | None = None, fix: str = ""
+) -> None:
+    """Raise ValueError unless `value` is a finite number (a bool is none) of at least `at_least` and above `above`.
+
+    >>> check_number("divergence", 1.0, above=1, fix="10 stops a trial at ten times its first value.")
+    Traceback (most recent call last):
+        ...
+    ValueError: `divergence` must be a number > 1, got 1.0. 10 stops a trial at ten times its first value.
+    """
+    if (
+        isinstance(value, bool)
+        or not isinstance(value, int | float)
+        or not math.isfinite(value)
+        or (at_least is not None and value < at_least)
+        or (above is not None and value <= above)
+    ):
+        bounds = [f">= {at_least}" if at_least is not None else "", f"> {above}" if above is not None else ""]
+        words = " and ".join(bound for bound in bounds if bound)
+        raise ValueError(f"`{name}` must be a number {words}, got {value!r}. {fix}".rstrip())
+
+
+def check_inner(policy: object) -> None:
+    """Raise ValueError unless a wrapper's `policy` is a policy, built.
+
+    >>> check_inner("asha")
+    Traceback (most recent call last):
+        ...
+    ValueError: `policy` must be a policy, got 'asha'.
+    """
+    if not isinstance(policy, Policy):
+        fix = f" Write `{policy.__name__}()`." if isinstance(policy, type) else ""
+        raise ValueError(f"`policy` must be a policy, got {policy!r}.{fix}")

@@ -1,13 +1,15 @@
-"""ASHA: asynchronous successive halving, in the form that stops trials."""
+"""ASHA: asynchronous successive halving, in the form that stops trials and in the form that promotes them."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Literal
 
 from rapidfire_policies.base import Decision, History, Policy, TrialHistory, TrialState, Verdict
+from rapidfire_policies.promotion import promote
 from rapidfire_policies.rungs import Cut, check_rungs, rungs, top_fraction, values_at
-from rapidfire_policies.survivors import is_finite, keep_one
+from rapidfire_policies.survivors import keep_one, stop_diverged
 
 
 @dataclass(frozen=True)
@@ -26,6 +28,14 @@ class ASHA(Policy):
     trials nor the timing of threads plays a part. With fewer than `reduction_factor` values at a rung only the best
     goes on; a lone trial always does.
 
+    That is the form "stop". In the form "promote" a trial that stands at `r` goes on if and only if
+
+        rank of its value at r  <=  floor(n / reduction_factor)
+
+    and waits otherwise (PAUSE): as others come to the rung `n` grows, and a trial that waits may be promoted later.
+    At most `slots` trials wait, and the most advanced goes on where all wait and none is to come
+    (`rapidfire_policies.promotion.promote`).
+
     A live trial whose last value is NaN, inf or -inf is stopped at once, at a rung or not; its values rank behind
     every finite one. If the rule would leave no finite trial live or complete, the most advanced one goes on
     (`rapidfire_policies.survivors.keep_one`).
@@ -33,18 +43,19 @@ class ASHA(Policy):
     Args:
         min_resource: The first rung, in chunks (the paper's `r`, with its early-stopping rate `s` = 0).
         reduction_factor: One in so many goes on, and the ratio of two rungs (the paper's eta).
+        form: "stop" ends a trial that is not among the best, "promote" lets it wait.
 
     Raises:
-        ValueError: `min_resource` is below 1 or `reduction_factor` below 2.
+        ValueError: `min_resource` is below 1, `reduction_factor` below 2, or `form` neither of the two.
 
     What breaks it: curves that cross after a rung, above all slow starters (raise `min_resource`); noise as large as
     the differences at the first rung; a small search (of two trials at a rung one is stopped); and the order of
-    arrival where trials do not arrive together: an early one is judged against few.
+    arrival where trials do not arrive together: an early one is judged against few (the form "promote" mends that, at
+    the price of memory, and trains few to their end in a small search).
 
     Paper: Li et al., A System for Massively Parallel Hyperparameter Tuning, 2020 (https://arxiv.org/abs/1810.05934).
-    Its Algorithm 2 promotes: a trial waits at its rung until it belongs to the top `floor(n / eta)`, possibly long
-    after it arrived, and a rung with fewer than eta trials promotes nobody. Here a trial is judged once, when it
-    stands at the rung, and is stopped rather than parked, so that its slot is free for a newcomer. Optuna's
+    Its Algorithm 2 is the form "promote", with nobody ever stopped and no limit on those that wait. In the form "stop"
+    a trial is judged once, when it stands at the rung, and its memory is free at once. Optuna's
     `SuccessiveHalvingPruner` cuts at the same `max(1, floor(n / eta))`, but compares a trial only with those that
     asked before it: of 16 trials in lockstep it keeps 1 (best first) or 16 (worst first), this policy always 5. Where
     trials run one after the other the two agree, apart from ties at the cut (Optuna lets all pass), diverged trials
@@ -63,31 +74,29 @@ class ASHA(Policy):
 
     min_resource: int = 1
     reduction_factor: int = 3
+    form: Literal["stop", "promote"] = "stop"
 
     def __post_init__(self) -> None:
         check_rungs(self.min_resource, self.reduction_factor)
+        if self.form not in ("stop", "promote"):
+            raise ValueError(f'`form` must be "stop" or "promote", got {self.form!r}.')
 
     def decide(self, history: History) -> Mapping[int, Decision]:
         """Judge every live trial: at its rung, or for having diverged."""
         ladder = rungs(self.min_resource, self.reduction_factor, history.chunks)
+        if self.form == "promote":
+            return keep_one(history, promote(history, ladder, self.reduction_factor))
         cuts = {
             rung: top_fraction(values_at(history, rung), self.reduction_factor)
             for rung in {trial.resource for trial in history.running}.intersection(ladder)
         }
-        live = sorted((trial for trial in history.trials if trial.is_live), key=lambda trial: trial.number)
-        return keep_one(history, {trial.number: _judge(trial, cuts, ladder) for trial in live})
+        judged = {trial.number: _judge(trial, cuts, ladder) for trial in history.live}
+        return keep_one(history, judged | stop_diverged(history))
 
 
 def _judge(trial: TrialHistory, cuts: Mapping[int, Cut], ladder: tuple[int, ...]) -> Decision:
-    if trial.values and not is_finite(trial):
-        return Decision(Verdict.STOP, f"chunk {trial.resource}: the value is {trial.values[-1]}, not finite")
     cut = cuts.get(trial.resource)
     if cut is None or trial.state is not TrialState.RUNNING:
         ahead = next((rung for rung in ladder if rung > trial.resource), None)
         return Decision(Verdict.CONTINUE, "past the last rung" if ahead is None else f"next rung is {ahead}")
-    best = "the best goes on" if cut.keep == 1 else f"the best {cut.keep} go on"
-    reason = (
-        f"rung {trial.resource}: {trial.values[-1]:.4g} ranks {cut.ranks[trial.number]} of {len(cut.ranks)}, "
-        f"{best} (cut {cut.value:.4g})"
-    )
-    return Decision(Verdict.CONTINUE if cut.keeps(trial.number) else Verdict.STOP, reason)
+    return Decision(Verdict.CONTINUE if cut.keeps(trial.number) else Verdict.STOP, cut.words(trial.resource, trial))

@@ -105,6 +105,11 @@ class History:
         """The paused trials, by number."""
         return tuple(sorted((t for t in self.trials if t.state is TrialState.PAUSED), key=lambda t: t.number))
 
+    @property
+    def live(self) -> tuple[TrialHistory, ...]:
+        """The running and the paused trials, by number."""
+        return tuple(sorted((t for t in self.trials if t.is_live), key=lambda t: t.number))
+
 
 class Policy(ABC):
     """Who trains the next chunk: one pure method over the whole history.
@@ -112,6 +117,11 @@ class Policy(ABC):
     A policy is a frozen dataclass of hyperparameters. `decide` depends on nothing but its argument: no clock, no
     randomness, no memory of earlier calls. Crash recovery, replay and order-independence come from that.
     """
+
+    @property
+    def by_age(self) -> bool:
+        """Whether the order of the trials' numbers plays a part beyond ties (in most policies it doesn't)."""
+        return False
 
     @abstractmethod
     def decide(self, history: History) -> Mapping[int, Decision]:

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from rapidfire_policies._arguments import check_int
-from rapidfire_policies.base import History
+from rapidfire_policies.base import History, TrialHistory
 
 
 def check_rungs(min_resource: int, reduction_factor: int) -> None:
@@ -72,6 +72,12 @@ class Cut:
         """Whether the trial is among the best `keep`."""
         return self.ranks[number] <= self.keep
 
+    def words(self, rung: int, trial: TrialHistory) -> str:
+        """The line a person reads beside the verdict on a trial that is judged at the rung."""
+        best = "the best goes on" if self.keep == 1 else f"the best {self.keep} go on"
+        place = f"{trial.values[rung - 1]:.4g} ranks {self.ranks[trial.number]} of {len(self.ranks)}"
+        return f"rung {rung}: {place}, {best} (cut {self.value:.4g})"
+
 
 def top_fraction(values: Mapping[int, float], reduction_factor: int) -> Cut:
     """Keep the best `max(1, floor(n / reduction_factor))` of `n` values.
@@ -93,10 +99,27 @@ def top_fraction(values: Mapping[int, float], reduction_factor: int) -> Cut:
     >>> cut.keep, cut.value, cut.keeps(1), cut.keeps(3)
     (2, 0.3, True, False)
     """
+    return top(values, max(1, len(values) // reduction_factor))
+
+
+def top(values: Mapping[int, float], keep: int) -> Cut:
+    """Keep the best `keep` values, or all where there are fewer, in the ranking of `top_fraction`.
+
+    Args:
+        values: Value by trial number, lower is better; not empty.
+        keep: So many go on.
+
+    Raises:
+        ValueError: There are no values.
+
+    >>> cut = top({0: 0.4, 1: 0.3, 2: 0.5}, keep=2)
+    >>> cut.keep, cut.value, cut.keeps(0), cut.keeps(2)
+    (2, 0.4, True, False)
+    """
     if not values:
         raise ValueError("`values` must hold at least one value, got none.")
     ranking = sorted(values, key=lambda number: rank_key(values[number], number))
-    keep = max(1, len(ranking) // reduction_factor)
+    keep = min(keep, len(ranking))
     ranks = {number: rank for rank, number in enumerate(ranking, start=1)}
     return Cut(ranks=ranks, keep=keep, value=values[ranking[keep - 1]])
 

@@ -19,6 +19,19 @@ def is_finite(trial: TrialHistory) -> bool:
     return bool(trial.values) and math.isfinite(trial.values[-1])
 
 
+def stop_diverged(history: History) -> dict[int, Decision]:
+    """STOP for every live trial whose last value is NaN or infinite, by number.
+
+    >>> stop_diverged(History((TrialHistory(0, (0.5, float("nan"))), TrialHistory(1, (0.5,))), chunks=4))
+    {0: Decision(verdict=<Verdict.STOP: 'stop'>, reason='chunk 2: the value is nan, not finite')}
+    """
+    return {
+        trial.number: Decision(Verdict.STOP, f"chunk {trial.resource}: the value is {trial.values[-1]}, not finite")
+        for trial in history.live
+        if trial.values and not is_finite(trial)
+    }
+
+
 def survives(trial: TrialHistory, decisions: Mapping[int, Decision]) -> bool:
     """Whether the trial can still be handed over as the result once the decisions are carried out."""
     if trial.state is TrialState.COMPLETE:

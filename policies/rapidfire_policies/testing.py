@@ -17,13 +17,18 @@ from typing import NoReturn
 import numpy as np
 from numpy.typing import NDArray
 
+from rapidfire_policies._search import search, verdicts
 from rapidfire_policies.base import Decision, History, Policy, TrialHistory, TrialState, Verdict
 from rapidfire_policies.survivors import is_finite, survives
 
 HISTORIES = 150
 """Histories that each check draws."""
+SEARCHES = 30
+"""Searches that `check_resumes` runs through."""
 
 _VALUES = (-1.0, 0.0, 0.25, 0.5, 0.5, 1.0, 3.0, math.nan, math.inf, -math.inf)
+_NAMES = ("kl", "reward_std", "loss")
+_METRICS = (0.0, 0.0, 0.5, 20.0, math.nan)
 _CHUNKS = (1, 2, 3, 4, 6, 9, 12)
 _STATES = tuple(TrialState)
 _STATE_ODDS = (0.5, 0.1, 0.2, 0.1, 0.1)
@@ -100,7 +105,7 @@ def check_pure(policy: Policy, *, seed: int = 0) -> None:
 
 
 def check_input_untouched(policy: Policy, *, seed: int = 0) -> None:
-    """`decide` changes nothing in the history, its arrays and parameters included."""
+    """`decide` changes nothing in the history, its arrays, parameters and metrics included."""
     for history in draw_histories(seed):
         before = _fingerprint(history)
         policy.decide(history)
@@ -120,13 +125,16 @@ def check_order_invariant(policy: Policy, *, seed: int = 0) -> None:
 
 
 def check_relabel_stable(policy: Policy, *, seed: int = 0) -> None:
-    """Without ties, the numbers of the trials play no part."""
+    """Without ties, the numbers of the trials play no part; for a policy that is `by_age`, only their order does."""
     rng = np.random.default_rng(seed)
     for history in draw_histories(seed, tie_free=True):
-        new = rng.permutation(3 * len(history.trials) + 1).tolist()
-        number = {trial.number: new[i] for i, trial in enumerate(history.trials)}
+        old = [trial.number for trial in history.trials]
+        new = rng.permutation(3 * len(old) + 1)[: len(old)].tolist()
+        if policy.by_age:
+            old, new = sorted(old), sorted(new)
+        number = dict(zip(old, new, strict=True))
         relabelled = replace(history, trials=tuple(replace(t, number=number[t.number]) for t in history.trials))
-        one, other = _verdicts(policy, history), _verdicts(policy, relabelled)
+        one, other = verdicts(policy, history), verdicts(policy, relabelled)
         if any(one[trial] is not other[number[trial]] for trial in one):
             _fail(policy, f"depends on trial numbers without a tie: renumbered by {number} it says {other}", history)
 
@@ -137,16 +145,16 @@ def check_non_finite(policy: Policy, *, seed: int = 0) -> None:
     Nor does it ever become COMPLETE.
     """
     for history in draw_histories(seed):
-        verdicts = _verdicts(policy, history)
+        said = verdicts(policy, history)
         for bad in (trial for trial in history.trials if trial.is_live and trial.values and not is_finite(trial)):
-            if verdicts[bad.number] is Verdict.COMPLETE:
+            if said[bad.number] is Verdict.COMPLETE:
                 _fail(policy, f"completes trial {bad.number}, whose value is {bad.values[-1]}", history)
             peers = [t for t in history.running if is_finite(t) and t.resource == bad.resource]
             for peer in peers if bad.state is TrialState.RUNNING else ():
-                if _STANDING[verdicts[bad.number]] > _STANDING[verdicts[peer.number]]:
+                if _STANDING[said[bad.number]] > _STANDING[said[peer.number]]:
                     _fail(
                         policy,
-                        f"lets trial {bad.number} with value {bad.values[-1]} {verdicts[bad.number]} "
+                        f"lets trial {bad.number} with value {bad.values[-1]} {said[bad.number]} "
                         f"over trial {peer.number} with value {peer.values[-1]}",
                         history,
                     )
@@ -160,10 +168,10 @@ def check_ties(policy: Policy, *, seed: int = 0) -> None:
         resource = int(rng.integers(1, chunks + 1))
         trials = tuple(TrialHistory(number, (0.5,) * resource) for number in range(int(rng.integers(1, 17))))
         history = History(trials, chunks=chunks, slots=len(trials))
-        one = _verdicts(policy, history)
+        one = verdicts(policy, history)
         if all(verdict is Verdict.STOP for verdict in one.values()):
             _fail(policy, "stops every one of equal trials", history)
-        if one != _verdicts(policy, replace(history, trials=trials[::-1])):
+        if one != verdicts(policy, replace(history, trials=trials[::-1])):
             _fail(policy, "breaks ties by the order in which trials are listed", history)
 
 
@@ -174,6 +182,21 @@ def check_survivor(policy: Policy, *, seed: int = 0) -> None:
         decisions = policy.decide(history)
         if any(trial.is_live for trial in finite) and not any(survives(trial, decisions) for trial in finite):
             _fail(policy, "stops the last finite trial (see rapidfire_policies.survivors.keep_one)", history)
+
+
+def check_resumes(policy: Policy, *, seed: int = 0) -> None:
+    """Trials that a policy pauses are taken back: no search ends with a finite trial paused and no finite one complete.
+
+    Small searches are run through, with slots, newcomers and room for as many paused trials as there are slots. When
+    all trials are paused and no newcomer may come, the policy is asked once more and must let one go on, or they end.
+    """
+    for whole in _searches(seed):
+        for history, said, last_call in search(policy, whole):
+            finite = [trial for trial in history.trials if is_finite(trial)]
+            left = [trial.number for trial in finite if said.get(trial.number) is Verdict.PAUSE]
+            goes_on = not {Verdict.CONTINUE, Verdict.COMPLETE}.isdisjoint(said.values())
+            if last_call and left and not (goes_on or any(t.state is TrialState.COMPLETE for t in finite)):
+                _fail(policy, f"leaves all trials paused, finite ones ({left}) too, and none is complete", history)
 
 
 def check_pickle(policy: Policy, *, seed: int = 0) -> None:
@@ -201,13 +224,16 @@ CHECKS: tuple[Callable[..., None], ...] = (
     check_non_finite,
     check_ties,
     check_survivor,
+    check_resumes,
     check_pickle,
 )
 """The whole contract, in the order in which a broken policy is easiest to mend."""
 
 
 def draw_histories(seed: int, *, tie_free: bool = False) -> Iterator[History]:
-    """Yield `HISTORIES` histories: cohorts in lockstep and trials all over the place, with and without scores.
+    """Yield `HISTORIES` histories: cohorts in lockstep and trials all over the place, running or paused.
+
+    Every second one has scores, costs and metrics.
 
     Args:
         seed: The same seed gives the same histories.
@@ -228,7 +254,7 @@ def _drawn(seed: int, tie_free: bool) -> bytes:
         chunks = int(rng.choice(_CHUNKS))
         count = int(rng.integers(1, 13))
         in_lockstep = bool(rng.random() < 0.5)
-        with_scores = index % 2 == 1
+        live = TrialState.PAUSED if rng.random() < 0.2 else TrialState.RUNNING
         shared_resource = int(rng.integers(1, chunks + 1))
         distinct = rng.permutation(count * chunks) / 8.0
         trials = []
@@ -236,35 +262,43 @@ def _drawn(seed: int, tie_free: bool) -> bytes:
             state = TrialState.RUNNING if in_lockstep else _STATES[rng.choice(len(_STATES), p=_STATE_ODDS)]
             resource = shared_resource if in_lockstep else int(rng.integers(state is TrialState.COMPLETE, chunks + 1))
             drawn = distinct[row * chunks :][:resource] if tie_free else rng.choice(_VALUES, size=resource)
-            values = tuple(float(value) for value in drawn)
-            trials.append(
-                TrialHistory(
-                    number=int(number),
-                    values=values,
-                    state=state,
-                    scores=tuple(_scores(value, rng) for value in values) if with_scores else (),
-                    costs=tuple(float(cost) for cost in rng.choice((1.0, 4.0), size=resource)) if with_scores else (),
-                    params={"r": int(rng.choice((4, 16)))},
-                )
-            )
+            state = live if state is TrialState.RUNNING else state
+            trials.append(_trial(int(number), drawn.tolist(), state, rng, with_scores=index % 2 == 1))
         histories.append(History(tuple(trials), chunks=chunks, slots=int(rng.integers(1, count + 1))))
     return pickle.dumps(histories)
+
+
+def _searches(seed: int) -> Iterator[History]:
+    """Yield small searches as they would be if every trial trained to its end."""
+    rng = np.random.default_rng(seed)
+    for index in range(SEARCHES):
+        chunks, count = int(rng.choice(_CHUNKS[1:])), int(rng.integers(1, 10))
+        curves = rng.choice(_VALUES[: rng.choice((7, len(_VALUES)))], size=(count, chunks))
+        trials = (
+            _trial(number, curve.tolist(), TrialState.COMPLETE, rng, with_scores=index % 2 == 1)
+            for number, curve in enumerate(curves)
+        )
+        yield History(tuple(trials), chunks=chunks, slots=int(rng.integers(1, 5)))
+
+
+def _trial(
+    number: int, values: Sequence[float], state: TrialState, rng: np.random.Generator, *, with_scores: bool
+) -> TrialHistory:
+    chunks = len(values)
+    return TrialHistory(
+        number=number,
+        values=tuple(values),
+        state=state,
+        scores=tuple(_scores(value, rng) for value in values) if with_scores else (),
+        costs=tuple(rng.choice((1.0, 4.0), size=chunks).tolist()) if with_scores else (),
+        params={"r": int(rng.choice((4, 16)))},
+        metrics={name: tuple(rng.choice(_METRICS, size=chunks).tolist()) for name in _NAMES if with_scores},
+    )
 
 
 def _scores(value: float, rng: np.random.Generator) -> NDArray[np.float64]:
     """Eight per-example scores, shape `(8,)` float64, whose mean is the value."""
     return value + rng.permutation(np.array([-0.5, -0.25, -0.25, 0.0, 0.0, 0.25, 0.25, 0.5]))
-
-
-def _verdicts(policy: Policy, history: History) -> dict[int, Verdict]:
-    """The verdict on each live trial, what is left out filled in."""
-    silent = {TrialState.RUNNING: Verdict.CONTINUE, TrialState.PAUSED: Verdict.PAUSE}
-    decisions = policy.decide(history)
-    return {
-        trial.number: decisions[trial.number].verdict if trial.number in decisions else silent[trial.state]
-        for trial in history.trials
-        if trial.is_live
-    }
 
 
 def _fingerprint(history: History) -> object:
@@ -277,6 +311,7 @@ def _fingerprint(history: History) -> object:
             tuple(scores.tobytes() for scores in trial.scores),
             repr(trial.costs),
             repr(sorted(trial.params.items())),
+            repr(sorted(trial.metrics.items())),
         )
         for trial in history.trials
     )

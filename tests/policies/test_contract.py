@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import importlib
 import math
 import os
+import pkgutil
 import random
 import subprocess
 import sys
@@ -18,18 +20,24 @@ import pytest
 import rapidfire_policies
 from rapidfire_policies import (
     ASHA,
+    PASHA,
     Auto,
-    CurvePredict,
     Decision,
+    FixedStep,
+    Guard,
     History,
+    Hyperband,
     Median,
-    Nop,
+    Patience,
     Policy,
-    RisingBound,
+    SuccessiveHalving,
     TrialHistory,
+    TrialState,
     Verdict,
+    WarmUp,
     testing,
 )
+from rapidfire_policies._search import search
 from rapidfire_policies.survivors import keep_one
 
 EXPORTED = [
@@ -40,14 +48,33 @@ EXPORTED = [
     and exported is not Policy
 ]
 PACKAGES = str(Path(rapidfire_policies.__file__).parents[1])
-CONFIGURED = [ASHA(reduction_factor=2), ASHA(min_resource=2, reduction_factor=4), Auto(budget=20), Nop()]
+CONFIGURED = [
+    ASHA(reduction_factor=2),
+    Auto(budget=20),
+    ASHA(min_resource=2, reduction_factor=4),
+    ASHA(reduction_factor=2, form="promote"),
+    FixedStep(chunks=2, keep=1),
+    Guard(Hyperband(reduction_factor=2), divergence=2.0, patience=1, margin=0.0, max_kl=1.0, flat=1),
+    Guard(ASHA(form="promote"), patience=1),
+    Median(average=False),
+    Median(grace=2, min_peers=3),
+    PASHA(reduction_factor=2, percentile=50),
+    Patience(SuccessiveHalving(reduction_factor=2), patience=0),
+    WarmUp(Guard(Patience(Median(average=False)))),
+    WarmUp(ASHA(reduction_factor=2, form="promote"), chunks=3),
+]
 
 
 @pytest.mark.parametrize("check", testing.CHECKS, ids=lambda check: check.__name__)
-@pytest.mark.parametrize("policy", [*(cls() for cls in EXPORTED), *CONFIGURED], ids=repr)
+@pytest.mark.parametrize("policy", [cls() for cls in EXPORTED], ids=repr)
 @pytest.mark.parametrize("seed", [0, 1])
 def test_exported_policies_keep_the_contract(policy: Policy, check: Callable[..., None], seed: int) -> None:
     check(policy, seed=seed)
+
+
+@pytest.mark.parametrize("policy", CONFIGURED, ids=repr)
+def test_so_they_do_with_other_hyperparameters(policy: Policy) -> None:
+    testing.check_policy(policy)
 
 
 def test_policies_need_neither_torch_nor_optuna_nor_the_library() -> None:
@@ -58,9 +85,17 @@ def test_policies_need_neither_torch_nor_optuna_nor_the_library() -> None:
     subprocess.run([sys.executable, "-c", code], check=True, env={**os.environ, "PYTHONPATH": PACKAGES})
 
 
-def test_everything_exported_exists_and_policies_are_among_it() -> None:
-    assert set(EXPORTED) == {ASHA, Auto, CurvePredict, Median, Nop, RisingBound}
-    assert sorted(rapidfire_policies.__all__) == rapidfire_policies.__all__
+def test_one_policy_a_file_and_all_are_exported() -> None:
+    defined = {}
+    for module in pkgutil.iter_modules(rapidfire_policies.__path__, "rapidfire_policies."):
+        names = vars(importlib.import_module(module.name)).items()
+        policies = [value for _, value in names if isinstance(value, type) and issubclass(value, Policy)]
+        defined[module.name] = [cls for cls in policies if cls.__module__ == module.name and cls is not Policy]
+    assert set(EXPORTED) == {cls for classes in defined.values() for cls in classes if not cls.__name__.startswith("_")}
+    assert all(len(classes) <= 1 for classes in defined.values())
+
+
+def test_the_contract_runs_every_check() -> None:
     for check in vars(testing).values():
         is_check = callable(check) and getattr(check, "__name__", "").startswith("check_")
         assert not is_check or check in (*testing.CHECKS, testing.check_policy)
@@ -255,6 +290,34 @@ class StopsEveryoneAboveZero(Base):
 
 
 @dataclass(frozen=True)
+class ParksForever(Base):
+    """Lets nobody past the first chunk, and stops nobody: the search waits for itself."""
+
+    def decide(self, history: History) -> Mapping[int, Decision]:
+        return {trial.number: Decision(Verdict.PAUSE, "waits") for trial in history.live if trial.resource == 1}
+
+
+@dataclass(frozen=True)
+class WritesMetrics(Base):
+    def decide(self, history: History) -> Mapping[int, Decision]:
+        for trial in history.trials:
+            trial.metrics["seen"] = ()  # type: ignore[index]
+        return super().decide(history)
+
+
+@dataclass(frozen=True)
+class ByAge(Base):
+    """Says that age matters, and lets the even numbers go on, which is not age."""
+
+    @property
+    def by_age(self) -> bool:
+        return True
+
+    def decide(self, history: History) -> Mapping[int, Decision]:
+        return FavoursEvenNumbers().decide(history)
+
+
+@dataclass(frozen=True)
 class HoldsALambda(Base):
     rule: Callable[[], int] = field(default=lambda: 1)
 
@@ -286,13 +349,16 @@ class ForgetsWhenPickled(Base):
         (testing.check_pure, TossesPythonsCoin(), "global random generator"),
         (testing.check_input_untouched, SortsScoresInPlace(), "changes its input"),
         (testing.check_input_untouched, WritesParams(), "changes its input"),
+        (testing.check_input_untouched, WritesMetrics(), "changes its input"),
         (testing.check_order_invariant, FavoursTheFirstListed(), "depends on the order of trials"),
         (testing.check_relabel_stable, FavoursEvenNumbers(), "depends on trial numbers without a tie"),
+        (testing.check_relabel_stable, ByAge(), "depends on trial numbers without a tie"),
         (testing.check_non_finite, BelievesMinusInfinity(), "over trial"),
         (testing.check_non_finite, CompletesTheDiverged(), "completes trial"),
         (testing.check_ties, StopsBothOfAPair(), "stops every one of equal trials"),
         (testing.check_ties, BreaksTiesByPosition(), "by the order in which trials are listed"),
         (testing.check_survivor, StopsEveryoneAboveZero(), "stops the last finite trial"),
+        (testing.check_resumes, ParksForever(), "leaves all trials paused"),
         (testing.check_pickle, HoldsALambda(), "cannot be pickled"),
         (testing.check_pickle, ForgetsWhenPickled(), "its pickled copy does not"),
     ],
@@ -319,3 +385,36 @@ def test_the_drawn_histories_hold_what_the_contract_is_about() -> None:
     assert 20 < len(cohorts) < len(histories) - 20
     assert any(not trial.values for history in histories for trial in history.trials)
     assert repr(list(testing.draw_histories(0))) == repr(histories) != repr(list(testing.draw_histories(1)))
+    assert sum(not history.running and bool(history.paused) for history in histories) > 20
+    metrics = [
+        number for h in histories for trial in h.trials for numbers in trial.metrics.values() for number in numbers
+    ]
+    assert 0.0 in metrics
+    assert any(map(math.isnan, metrics))
+
+
+@dataclass(frozen=True)
+class ResumesTheOldest(Base):
+    """Pauses everybody after every chunk, and takes the oldest back when all wait."""
+
+    def decide(self, history: History) -> Mapping[int, Decision]:
+        decisions = {trial.number: Decision(Verdict.PAUSE, "waits") for trial in history.live}
+        if not history.running and history.paused:
+            decisions[history.paused[0].number] = Decision(Verdict.CONTINUE, "the oldest")
+        return decisions
+
+
+def test_a_search_in_miniature() -> None:
+    """Three trials of two chunks on one slot: two may live at a time."""
+    whole = History(tuple(TrialHistory(i, (0.5, 0.4), TrialState.COMPLETE) for i in range(3)), chunks=2, slots=1)
+    asked = list(search(ResumesTheOldest(), whole))
+    seen = [[(t.resource, str(t.state)) for t in history.trials] for history, _, _ in asked]
+    assert seen == [
+        [(1, "running")],
+        [(1, "paused"), (1, "running")],
+        [(1, "paused"), (1, "paused")],
+        [(2, "complete"), (1, "paused")],
+        [(2, "complete"), (2, "complete"), (1, "running")],
+        [(2, "complete"), (2, "complete"), (1, "paused")],
+    ]
+    assert [last for _, _, last in asked] == [False, False, True, False, False, True]
