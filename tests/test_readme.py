@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 
@@ -48,3 +49,20 @@ def test_every_file_the_readme_names_exists() -> None:
     folders = [ROOT, ROOT / "rapidfire_automl", ROOT / "rapidfire_automl" / "executor"]
     for name in re.findall(r"[\w/]+(?:\.py|/)(?=\s)", tree):
         assert any((folder / name).exists() for folder in folders), name
+
+
+def test_the_numbers_of_speed_are_those_that_were_measured() -> None:
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    results = json.loads((ROOT / "experiments" / "throughput" / "results.json").read_text(encoding="utf-8"))
+    rows = []
+    for cell in sorted(results["cells"], key=lambda cell: (cell["trials"], cell["tokens"])):
+        if cell["base"] == "smollm2-135m":
+            ms = [f"{cell[way]['step_s']['median'] * 1e3:.0f}" for way in ("serial", "joint")]
+            speedup = cell["speedup"]
+            ratio = f"{speedup['median']:.1f}x | {speedup['low']:.1f} to {speedup['high']:.1f}"
+            rows.append(f"| {cell['trials']} | {cell['tokens']} | {' | '.join(ms)} | {ratio} |")
+    assert len(rows) == 16
+    assert "\n".join(rows) in text
+    compared = json.loads((ROOT / "experiments" / "demo_compare" / "results.json").read_text(encoding="utf-8"))
+    wall_s = [f"{compared[side]['wall_s']:.0f} s" for side in ("ours", "serial")]
+    assert f"took {wall_s[0]}, plain TRL {wall_s[1]}" in " ".join(text.split())
