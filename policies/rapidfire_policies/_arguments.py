@@ -14,3 +14,15 @@ def check_int(name: str, value: object, at_least: int, fix: str = "") -> None:
     if isinstance(value, bool) or not isinstance(value, int) or value < at_least:
         message = f"`{name}` must be an integer >= {at_least}, got {value!r}. {fix}"
         raise ValueError(message.rstrip())
+
+
+def check_level(name: str, value: object) -> None:
+    """Raise ValueError unless `value` is a number strictly between 0 and 1.
+
+    >>> check_level("alpha", 5)
+    Traceback (most recent call last):
+        ...
+    ValueError: `alpha` must be a number between 0 and 1, got 5. 0.05 is an error in 20 searches.
+    """
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < 1:
+        raise ValueError(f"`{name}` must be a number between 0 and 1, got {value!r}. 0.05 is an error in 20 searches.")

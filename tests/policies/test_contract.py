@@ -16,7 +16,21 @@ import numpy as np
 import pytest
 
 import rapidfire_policies
-from rapidfire_policies import ASHA, Decision, History, Median, Nop, Policy, TrialHistory, Verdict, testing
+from rapidfire_policies import (
+    ASHA,
+    BettingRace,
+    Decision,
+    History,
+    Median,
+    NonInferior,
+    Nop,
+    PairedRace,
+    Policy,
+    TrialHistory,
+    Verdict,
+    Wilcoxon,
+    testing,
+)
 from rapidfire_policies.survivors import keep_one
 
 EXPORTED = [
@@ -46,7 +60,7 @@ def test_policies_need_neither_torch_nor_optuna_nor_the_library() -> None:
 
 
 def test_everything_exported_exists_and_policies_are_among_it() -> None:
-    assert set(EXPORTED) == {ASHA, Median, Nop}
+    assert set(EXPORTED) == {ASHA, BettingRace, Median, NonInferior, Nop, PairedRace, Wilcoxon}
     assert sorted(rapidfire_policies.__all__) == rapidfire_policies.__all__
     for check in vars(testing).values():
         is_check = callable(check) and getattr(check, "__name__", "").startswith("check_")
