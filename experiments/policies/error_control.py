@@ -6,9 +6,9 @@
 A null simulation is a search over `trials` equal trials: the differences of trial 0 to its rivals are drawn
 independently with mean 0, per example and at `chunks` looks, either anew at each look (`independent`) or with most of
 the examples' differences carried over (`correlated`). A false elimination is a search that stops trial 0 at some look.
-No rival is ever stopped, which leaves the most that could stop it. `low_99` is Clopper and Pearson's one-sided 99% lower
-bound of the rate; a cell holds if it is at most alpha. The functions are the policies' own (`tests/experiments` sees
-that `decide` stops trial 0 in the same searches); what is left out is what doesn't bear on trial 0.
+No rival is ever stopped, which leaves the most that could stop it. `low_99` is Clopper and Pearson's one-sided 99%
+lower bound of the rate; a cell holds if it is at most alpha. The functions are the policies' own (`tests/experiments`
+sees that `decide` stops trial 0 in the same searches); what is left out is what doesn't bear on trial 0.
 
 Power: one look of `chunks`, trial 0 is best, all others are worse than it by `effect_sd` standard deviations of the
 paired difference; the part of searches that stop trial 1, by the number of examples, and where it crosses 50% and 80%.

@@ -53,9 +53,9 @@ class PairedRace(Policy):
 
     Paper: Waudby-Smith, Arbour, Sinha, Kennedy and Ramdas, Time-uniform central limit theory and asymptotic confidence
     sequences, 2024 (https://arxiv.org/abs/2103.06476). Time is the chunk here: all examples of a chunk are there at
-    once, so what their mixture boundary pays for peeking between examples (nearly twice the examples at the same power)
-    would buy nothing; a union over the chunks takes its place. Hall, On the removal of skewness by transformation,
-    1992: normal tails are far off for skewed differences at the small levels that many pairs need.
+    once, so what their mixture boundary pays for peeking between examples (1.5 to 2 times the examples at the same
+    power) would buy nothing; a union over the chunks takes its place. Hall, On the removal of skewness by
+    transformation, 1992: normal tails are far off for skewed differences at the small levels that many pairs need.
 
     >>> import numpy as np
     >>> from rapidfire_policies import History, PairedRace, TrialHistory

@@ -219,6 +219,18 @@ def test_without_costs_or_with_equal_ones_nobody_is_dropped() -> None:
     ]
 
 
+def test_more_than_the_margin_is_given_up_with_chance_alpha_at_most() -> None:
+    """The cheap trial is worse by just the margin."""
+    rng = np.random.default_rng(0)
+    errors = 0
+    for _ in range(300):
+        dear = rng.normal(size=50)
+        trials = (trial(0, dear + 0.5 + rng.normal(size=50), costs=(1.0,)), trial(1, dear, costs=(2.0,)))
+        errors += verdicts(NonInferior(margin=0.5, alpha=0.1), *trials, chunks=1)[1] == "stop"
+    assert lower_99(errors, 300) <= 0.1
+    assert errors > 10
+
+
 @pytest.mark.parametrize("state", [TrialState.STOPPED, TrialState.FAILED])
 def test_a_cheaper_trial_that_has_ended_takes_nobody_s_place(state: TrialState) -> None:
     ended = trial(0, np.zeros(50), costs=(1.0,), state=state)
