@@ -38,10 +38,12 @@ class Wilcoxon(Policy):
     an infinity among them, is neither judged nor a rival. If the rule would leave no finite trial live or complete, the
     most advanced one goes on (`rapidfire_policies.survivors.keep_one`).
 
-    What breaks it: its own purpose. The rival is the best of all by the same scores, and every chunk is a new test: the
-    chance that a trial as good as any is stopped is WEAKNESS. And it tests medians where a race is about means: with
-    skewed differences a better trial is stopped the more surely the more examples there are. It is here to compare
-    with; `PairedRace` keeps its word.
+    What breaks it: its own purpose. The rival is the best of all by the same scores, and every chunk is a new test. At
+    alpha .05, 5 chunks and 50 examples with normal differences, a trial as good as any is stopped in 23% of searches
+    over 2 trials and 97% over 16 (13% and 88% where four of five differences stay as they were from chunk to chunk).
+    And it tests medians where a race is about means: with skewed differences a trial that is equal in the mean is
+    stopped the more surely the more examples there are (85% and 100%). It is here to compare with: `PairedRace` keeps
+    its word. All rates are in `experiments/policies/error_control.json`.
 
     Paper: Wilcoxon, Individual comparisons by ranking methods, 1945. Optuna's `WilcoxonPruner` is this test for trials
     that run one after the other, its looks at every example.
