@@ -3,22 +3,27 @@
 from rapidfire_policies.asha import ASHA
 from rapidfire_policies.auto import Auto
 from rapidfire_policies.base import Decision, History, Policy, TrialHistory, TrialState, Verdict
+from rapidfire_policies.betting_race import BettingRace
 from rapidfire_policies.curve_predict import CurvePredict
 from rapidfire_policies.fixed_step import FixedStep
 from rapidfire_policies.guard import Guard
 from rapidfire_policies.hyperband import Hyperband
 from rapidfire_policies.median import Median
+from rapidfire_policies.non_inferior import NonInferior
 from rapidfire_policies.nop import Nop
+from rapidfire_policies.paired_race import PairedRace
 from rapidfire_policies.pasha import PASHA
 from rapidfire_policies.patience import Patience
 from rapidfire_policies.rising_bound import RisingBound
 from rapidfire_policies.successive_halving import SuccessiveHalving
 from rapidfire_policies.warm_up import WarmUp
+from rapidfire_policies.wilcoxon import Wilcoxon
 
 __all__ = [
     "ASHA",
     "PASHA",
     "Auto",
+    "BettingRace",
     "CurvePredict",
     "Decision",
     "FixedStep",
@@ -26,7 +31,9 @@ __all__ = [
     "History",
     "Hyperband",
     "Median",
+    "NonInferior",
     "Nop",
+    "PairedRace",
     "Patience",
     "Policy",
     "RisingBound",
@@ -35,4 +42,5 @@ __all__ = [
     "TrialState",
     "Verdict",
     "WarmUp",
+    "Wilcoxon",
 ]
