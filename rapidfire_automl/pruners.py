@@ -89,10 +89,10 @@ def policy_from_name(name: str, **arguments: object) -> Policy:
 
     >>> policy_from_name("asha", reduction_factor=2)
     ASHA(min_resource=1, reduction_factor=2)
-    >>> policy_from_name("ahsa")
+    >>> policy_from_name("ahsa")  # doctest: +ELLIPSIS
     Traceback (most recent call last):
         ...
-    ValueError: `policy` must be one of asha, median, nop or "package.module:Class", got 'ahsa'. Did you mean `asha`?
+    ValueError: `policy` must be one of asha, ... or "package.module:Class", got 'ahsa'. Did you mean `asha`?
     """
     cls = _load(name) if ":" in name else policy_names().get(_plain(name))
     if cls is None:

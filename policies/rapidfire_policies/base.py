@@ -58,8 +58,8 @@ class TrialHistory:
             better, the same examples in the same order for every trial; empty where nobody recorded them.
         costs: `costs[k - 1]` is what chunk `k` cost (tokens or seconds, one unit in the whole history); may be empty.
         params: The trial's hyperparameters.
-        metrics: What else the trainer logged, by name ("kl", "reward_std", ...), one number a chunk in its own sign; NaN
-            for a chunk without one.
+        metrics: What else the trainer logged, by name ("kl", "reward_std", ...), one number a chunk in its own sign;
+            NaN for a chunk without one.
     """
 
     number: int

@@ -16,7 +16,20 @@ import numpy as np
 import pytest
 
 import rapidfire_policies
-from rapidfire_policies import ASHA, Decision, History, Median, Nop, Policy, TrialHistory, Verdict, testing
+from rapidfire_policies import (
+    ASHA,
+    CostAware,
+    Decision,
+    History,
+    Median,
+    Nop,
+    Policy,
+    SequentialHalving,
+    TopTwoThompson,
+    TrialHistory,
+    Verdict,
+    testing,
+)
 from rapidfire_policies.survivors import keep_one
 
 EXPORTED = [
@@ -27,7 +40,14 @@ EXPORTED = [
     and exported is not Policy
 ]
 PACKAGES = str(Path(rapidfire_policies.__file__).parents[1])
-CONFIGURED = [ASHA(reduction_factor=2), ASHA(min_resource=2, reduction_factor=4), Nop()]
+CONFIGURED = [
+    ASHA(reduction_factor=2),
+    ASHA(min_resource=2, reduction_factor=4),
+    CostAware(Median(), unit=2.0, min_chunks=2),
+    CostAware(SequentialHalving()),
+    SequentialHalving(budget=6),
+    TopTwoThompson(beta=0.2, seed=3, chance=0.3, budget=12),
+]
 
 
 @pytest.mark.parametrize("check", testing.CHECKS, ids=lambda check: check.__name__)
@@ -46,7 +66,7 @@ def test_policies_need_neither_torch_nor_optuna_nor_the_library() -> None:
 
 
 def test_everything_exported_exists_and_policies_are_among_it() -> None:
-    assert set(EXPORTED) == {ASHA, Median, Nop}
+    assert set(EXPORTED) == {ASHA, CostAware, Median, Nop, SequentialHalving, TopTwoThompson}
     assert sorted(rapidfire_policies.__all__) == rapidfire_policies.__all__
     for check in vars(testing).values():
         is_check = callable(check) and getattr(check, "__name__", "").startswith("check_")
