@@ -87,6 +87,23 @@ def test_the_unit_is_the_median_chunk() -> None:
     assert inner.seen[-1].chunks == 16, "the dear one spends four units a chunk"
 
 
+def test_a_whole_trial_keeps_its_value_at_every_later_budget() -> None:
+    whole = TrialHistory(0, (0.5, 0.4), TrialState.COMPLETE, costs=(1.0, 1.0))
+    ended_early = TrialHistory(1, (0.3,), TrialState.COMPLETE, costs=(1.0,))
+    dear = TrialHistory(2, (0.6,), costs=(4.0,))
+    inner = Watches()
+    CostAware(inner, unit=1.0).decide(History((whole, ended_early, dear), chunks=2))
+    assert inner.seen[-1].trials[0].values == (0.5, *[0.4] * 7)
+    assert inner.seen[-1].trials[1].values == (0.3,)
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_a_diverged_trial_is_shown_with_its_last_value(bad: float) -> None:
+    inner = Watches()
+    CostAware(inner, unit=1.0).decide(History((TrialHistory(0, (0.5, bad), costs=(1.0, 0.5)),), chunks=4))
+    assert repr(inner.seen[-1].trials[0].values) == repr((bad,))
+
+
 def test_a_big_chunk_jumps_over_no_rung() -> None:
     # Rungs at 1, 2, 4 units; the dear trial's first chunk ends at 3.
     cheap = [TrialHistory(i, (v, v, v), TrialState.COMPLETE, costs=(1.0,) * 3) for i, v in enumerate([0.1, 0.2])]

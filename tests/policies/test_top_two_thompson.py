@@ -61,6 +61,20 @@ def test_while_somebody_runs_the_others_wait_and_then_the_slots_are_filled() -> 
         assert answer[0] == "continue", "the leader always trains"
 
 
+def test_the_leader_trains_whatever_is_drawn() -> None:
+    history = History(paused(falling([0.5, 0.501, 0.502, 0.503], noise=1e-3), 2), chunks=16, slots=1)
+    leaders = {tuple(verdicts(TopTwoThompson(seed=seed, beta=0.01), history).values()) for seed in range(50)}
+    assert len(leaders) == 1
+
+
+def test_beta_says_whether_the_best_or_the_second_best_of_a_draw_trains() -> None:
+    history = History(paused(falling([0.5 + 0.01 * i for i in range(8)], noise=1e-3), 2), chunks=16, slots=3)
+    answers = [
+        [verdicts(TopTwoThompson(seed=seed, beta=beta), history) for seed in range(20)] for beta in (0.001, 0.999)
+    ]
+    assert answers[0] != answers[1]
+
+
 def test_beta_divides_the_chunks_between_the_best_and_its_rivals() -> None:
     """With two slots the second one is drawn: mostly the runner-up, in some rounds somebody else."""
     curves = falling([0.5, 0.5001, 0.52, 0.53], noise=1e-3)
