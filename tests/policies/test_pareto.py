@@ -85,7 +85,7 @@ def test_units_do_not_matter() -> None:
     vectors = np.random.default_rng(0).normal(size=(20, 2))
     np.testing.assert_array_equal(scalarize(vectors), scalarize(vectors * [1e6, 1e-3] + [5.0, -2.0]))
     largest = np.finfo(float).max
-    assert scalarize([[largest, 0.0], [-largest, 1.0], [0.0, 0.2]]).tolist() == [1 / 3, 1 / 3, 0.0]
+    assert scalarize([[largest, 0.0], [-largest, 1.0], [0.0, 0.2]]).tolist() == [2 / 3, 1 / 3, 0.0]
 
 
 def test_equal_vectors_are_equal_and_a_lone_one_is_best() -> None:
