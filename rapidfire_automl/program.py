@@ -148,6 +148,7 @@ def build_executor(program: Program) -> RapidFireExecutor:
         device=base.device,
         seed=search.seed,
         metric=program.metric,
+        cost=search.cost,
         eval_batch_size=search.eval_batch_size,
         output_dir=program.run_dir,
     )
@@ -234,8 +235,8 @@ def build_pruner(settings: Settings) -> optuna.pruners.BasePruner:
         return PolicyPruner(policy_from_name(plugin.name, **plugin.arguments), chunks=settings.search.chunks)
     except ValueError as error:
         message = str(error)
-        if message.startswith("`policy`"):
-            raise SettingsError(message.replace("`policy`", "`search.policy`", 1)) from None
+        if message.startswith(("`policy`", "`policy.policy")):
+            raise SettingsError(message.replace("`policy", "`search.policy", 1)) from None
         raise SettingsError(f"`search.policy`: {message}") from None
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import inspect
+from collections.abc import Mapping
 from difflib import get_close_matches
 
 import optuna
@@ -20,8 +21,9 @@ class PolicyPruner(optuna.pruners.BasePruner):
     per-example scores and costs in the history. In a plain Optuna loop, report after every chunk and ask
     `trial.should_prune()` each time; the policy then sees every trial of the study, running ones included
     (`rapidfire_automl.histories.history_from_study`). There only STOP prunes: a paused trial could not be resumed, so
-    PAUSE trains on, and COMPLETE trains on too, since Optuna would file a trial that ends here under its pruned ones,
-    where `study.best_trial` cannot find it.
+    PAUSE trains on (a policy that works by pausing, such as `SequentialHalving`, prunes little or nothing there), and
+    COMPLETE trains on too, since Optuna would file a trial that ends here under its pruned ones, where
+    `study.best_trial` cannot find it.
 
     Args:
         policy: The policy, e.g. `ASHA()`.
@@ -82,23 +84,34 @@ def policy_from_name(name: str, **arguments: object) -> Policy:
 
     Args:
         name: An exported policy, whatever its case and underscores ("asha", "nop"), or "package.module:Class".
-        arguments: The policy's hyperparameters.
+        arguments: The policy's hyperparameters. A wrapper's `policy` may be a policy, a name, or a mapping with a
+            `name` beside that policy's own hyperparameters.
 
     Raises:
-        ValueError: There is no such policy or hyperparameter (the message names the nearest), or the value is bad.
+        ValueError: There is no such policy or hyperparameter (the message names the nearest), or the value is bad;
+            `policy.policy` is the wrapped one.
 
     >>> policy_from_name("asha", reduction_factor=2)
     ASHA(min_resource=1, reduction_factor=2, form='stop')
+    >>> policy_from_name("cost_aware", policy={"name": "asha", "reduction_factor": 2}, min_chunks=2)
+    CostAware(policy=ASHA(min_resource=1, reduction_factor=2, form='stop'), unit=None, min_chunks=2)
     >>> policy_from_name("ahsa")  # doctest: +ELLIPSIS
     Traceback (most recent call last):
         ...
     ValueError: `policy` must be one of asha, ... or "package.module:Class", got 'ahsa'. Did you mean `asha`?
     """
-    cls = _load(name) if ":" in name else policy_names().get(_plain(name))
+    return _from_name(name, arguments, "policy")
+
+
+def _from_name(name: object, arguments: Mapping[str, object], key: str) -> Policy:
+    """`policy_from_name`, with the key that errors are about."""
+    if not isinstance(name, str):
+        raise ValueError(f"`{key}` must be named by a string, got {name!r}.")
+    cls = _load(name, key) if ":" in name else policy_names().get(_plain(name))
     if cls is None:
         names = list(policy_names())
         raise ValueError(
-            f'`policy` must be one of {", ".join(names)} or "package.module:Class", got {name!r}.'
+            f'`{key}` must be one of {", ".join(names)} or "package.module:Class", got {name!r}.'
             + _did_you_mean(name, names)
         )
     accepted = inspect.signature(cls).parameters
@@ -108,26 +121,43 @@ def policy_from_name(name: str, **arguments: object) -> Policy:
                 f"`{argument}` is no argument of {cls.__name__}.{_did_you_mean(argument, list(accepted))} "
                 f"It takes: {', '.join(accepted) or 'none'}."
             )
+    built = {
+        argument: _inner(value, f"{key}.policy") if argument == "policy" else value
+        for argument, value in arguments.items()
+    }
     try:
-        return cls(**arguments)
+        return cls(**built)
     except TypeError as error:
-        raise ValueError(f"{cls.__name__} cannot be built from {arguments}: {error}.") from error
+        raise ValueError(f"{cls.__name__} cannot be built from {dict(arguments)}: {error}.") from error
+    except ValueError as error:  # a wrapper speaks of its own argument
+        raise ValueError(str(error).replace("`policy`", f"`{key}.policy`", 1)) from None
 
 
-def _load(name: str) -> type[Policy]:
+def _inner(value: object, key: str) -> object:
+    """The policy that a wrapper's `policy` means; what is neither a name nor a mapping is left to the wrapper."""
+    if isinstance(value, str):
+        return _from_name(value, {}, key)
+    if isinstance(value, Mapping):
+        if "name" not in value:
+            raise ValueError(f'`{key}` needs a `name`, like {{name = "asha"}}, got {dict(value)}.')
+        return _from_name(value["name"], {str(k): v for k, v in value.items() if k != "name"}, key)
+    return value
+
+
+def _load(name: str, key: str) -> type[Policy]:
     module_name, _, class_name = name.partition(":")
     try:
         module = importlib.import_module(module_name)
     except (ImportError, ValueError, TypeError) as error:
-        raise ValueError(f"`policy` {name!r} cannot be imported: {error}.") from error
+        raise ValueError(f"`{key}` {name!r} cannot be imported: {error}.") from error
     cls = getattr(module, class_name, None)
     if cls is None:
-        policies = [key for key, value in vars(module).items() if inspect.isclass(value) and issubclass(value, Policy)]
+        policies = [one for one, value in vars(module).items() if inspect.isclass(value) and issubclass(value, Policy)]
         nearest = _did_you_mean(class_name, policies)
-        raise ValueError(f"`policy` {name!r} is unknown: {module_name} has no {class_name!r}.{nearest}")
+        raise ValueError(f"`{key}` {name!r} is unknown: {module_name} has no {class_name!r}.{nearest}")
     if not inspect.isclass(cls) or not issubclass(cls, Policy) or inspect.isabstract(cls):
         raise ValueError(
-            f"`policy` {name!r} is no policy. It must be a subclass of rapidfire_policies.Policy with a `decide`."
+            f"`{key}` {name!r} is no policy. It must be a subclass of rapidfire_policies.Policy with a `decide`."
         )
     return cls
 

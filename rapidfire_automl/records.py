@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,8 +21,11 @@ class TrialRecord:
         number: Optuna's number.
         params: Its hyperparameters, as suggested.
         state: Where it is now.
-        values: One value a chunk, in the user's sign.
-        scores: Per-example scores behind each value, shape `(examples,)`, in the user's sign.
+        values: One value a chunk, in the user's sign; with several objectives that of the first.
+        vectors: One value an objective a chunk, in the user's sign; empty with one objective.
+        scores: Per-example scores behind each value, shape `(examples,)`, or `(objectives, examples)` with several
+            objectives, in the user's sign.
+        metrics: What else the trainer logged, by name: the mean over each chunk, NaN where it logged nothing.
         seconds: What each chunk cost; the time of a joint pass is split over its trials by tokens.
         tokens: Real (not padding) tokens trained in each chunk.
         boundaries: Optimizer step at which each chunk ends.
@@ -38,7 +43,9 @@ class TrialRecord:
     params: dict[str, Any] = field(default_factory=dict)
     state: TrialState = TrialState.RUNNING
     values: list[float] = field(default_factory=list)
+    vectors: list[tuple[float, ...]] = field(default_factory=list)
     scores: list[NDArray[np.float64]] = field(default_factory=list)
+    metrics: dict[str, list[float]] = field(default_factory=dict)
     seconds: list[float] = field(default_factory=list)
     tokens: list[int] = field(default_factory=list)
     boundaries: list[int] = field(default_factory=list)
@@ -50,3 +57,35 @@ class TrialRecord:
     why_unfused: str = ""
     error: str | None = None
     log_history: list[dict[str, Any]] = field(default_factory=list)
+
+    @property
+    def last_vector(self) -> tuple[float, ...]:
+        """The last value of each objective; empty before the first chunk is done."""
+        return self.vectors[-1] if self.vectors else tuple(self.values[-1:])
+
+    def add_chunk(
+        self,
+        vector: tuple[float, ...],
+        scores: NDArray[np.float64],
+        metrics: Mapping[str, float],
+        seconds: float,
+        tokens: int,
+    ) -> None:
+        """Take down what a chunk came to.
+
+        Args:
+            vector: One value an objective.
+            scores: Per example; may be empty.
+            metrics: What the trainer logged in the chunk.
+            seconds: What it cost.
+            tokens: What it trained.
+        """
+        done = len(self.values)
+        self.values.append(vector[0])
+        if len(vector) > 1:
+            self.vectors.append(vector)
+        self.scores.append(scores)
+        self.seconds.append(seconds)
+        self.tokens.append(tokens)
+        for name in sorted({*self.metrics, *metrics}):
+            self.metrics.setdefault(name, [math.nan] * done).append(metrics.get(name, math.nan))

@@ -319,6 +319,7 @@ def _trial(record: TrialRecord) -> dict[str, Any]:
         "state": record.state,
         "params": record.params,
         "values": record.values,
+        "metrics": record.metrics,
         "seconds": record.seconds,
         "tokens": record.tokens,
         "boundaries": record.boundaries,

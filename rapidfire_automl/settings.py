@@ -137,6 +137,7 @@ class Search(_Table):
     seed: int = Field(default=0, ge=0)
     direction: Literal["minimize", "maximize"] = "minimize"
     metric: str | None = None
+    cost: Literal["tokens", "seconds"] = "tokens"
     eval_batch_size: int = Field(default=16, ge=1)
     sampler: Annotated[Plugin, _named_or("tpe")] = Plugin(name="tpe")
     policy: Annotated[Plugin, _named_or("asha")] = Plugin(name="asha")

@@ -17,7 +17,7 @@ from optuna.storages.journal import JournalFileBackend
 import rapidfire_policies
 from rapidfire_automl.histories import CHUNKS_ATTR, history_from_study
 from rapidfire_automl.pruners import PolicyPruner, policy_from_name, policy_names
-from rapidfire_policies import ASHA, Decision, History, Median, Nop, Policy, TrialState, Verdict
+from rapidfire_policies import ASHA, CostAware, Decision, History, Median, Nop, Policy, TrialState, Verdict
 
 optuna.logging.set_verbosity(optuna.logging.WARNING)
 Create = Callable[..., optuna.Study]
@@ -230,6 +230,44 @@ def test_policies_by_name() -> None:
     assert policy_from_name("asha", min_resource=2, reduction_factor=4) == ASHA(2, 4)
     assert policy_from_name("nop") == Nop()
     assert policy_from_name("rapidfire_policies.asha:ASHA", reduction_factor=2) == ASHA(reduction_factor=2)
+
+
+def test_a_wrapped_policy_by_name() -> None:
+    assert policy_from_name("cost_aware", policy="median") == CostAware(Median())
+    assert policy_from_name("CostAware", policy=Median(), min_chunks=2) == CostAware(Median(), min_chunks=2)
+    table = {"name": "asha", "reduction_factor": 2}
+    assert policy_from_name("cost-aware", policy=table) == CostAware(ASHA(reduction_factor=2))
+    assert policy_from_name("cost_aware", policy={"name": "cost_aware", "policy": table}) == CostAware(
+        CostAware(ASHA(reduction_factor=2))
+    )
+    outside = {"name": "rapidfire_policies.asha:ASHA", "min_resource": 2}
+    assert policy_from_name("cost_aware", policy=outside) == CostAware(ASHA(min_resource=2))
+    assert table == {"name": "asha", "reduction_factor": 2}
+
+
+@pytest.mark.parametrize(
+    ("inner", "message"),
+    [
+        ("ahsa", r"^`policy\.policy` must be one of .*got 'ahsa'\. Did you mean `asha`\?"),
+        ({"name": "ahsa"}, r"^`policy\.policy` must be one of .*got 'ahsa'\. Did you mean `asha`\?"),
+        ({"reduction_factor": 2}, r"`policy\.policy` needs a `name`, like \{name = \"asha\"\}, got "),
+        ({"name": 3}, r"`policy\.policy` must be named by a string, got 3"),
+        (
+            {"name": "asha", "reduction_facto": 2},
+            "`reduction_facto` is no argument of ASHA. Did you mean `reduction_fa",
+        ),
+        ({"name": "asha", "reduction_factor": 1}, "`reduction_factor` must be an integer >= 2, got 1"),
+        ({"name": "cost_aware", "policy": "ahsa"}, r"^`policy\.policy\.policy` must be one of "),
+        ({"name": "cost_aware", "policy": 3}, r"^`policy\.policy\.policy` must be a policy, got 3"),
+        ("math:pi", r"`policy\.policy` 'math:pi' is no policy"),
+        ("nowhere:ASHA", r"`policy\.policy` 'nowhere:ASHA' cannot be imported"),
+        (3, r"`policy\.policy` must be a policy, got 3"),
+        (ASHA, r"`policy\.policy` must be a policy, got .* Write `ASHA\(\)`"),
+    ],
+)
+def test_bad_wrapped_policies(inner: object, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        policy_from_name("cost_aware", policy=inner)
 
 
 @pytest.mark.parametrize(

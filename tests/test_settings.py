@@ -8,7 +8,9 @@ from typing import Any
 import pytest
 
 from rapidfire_automl.hints import nearest, unknown
+from rapidfire_automl.program import build_pruner
 from rapidfire_automl.settings import Range, SettingsError, apply_override, load_settings, parse_settings
+from rapidfire_policies import ASHA, CostAware, Median
 
 GOOD: dict[str, Any] = {
     "base": "org/model",
@@ -44,9 +46,39 @@ def test_plugin_with_arguments() -> None:
     assert search.sampler.name == "random"
 
 
+def test_a_wrapped_policy_is_a_table_in_a_table() -> None:
+    search = parse_settings(
+        GOOD, ['search.policy={name = "cost_aware", policy = {name = "asha", reduction_factor = 2}}']
+    )
+    assert build_pruner(search).policy == CostAware(ASHA(reduction_factor=2))  # type: ignore[attr-defined]
+    by_line = parse_settings(GOOD, ["search.policy=cost_aware", "search.policy.policy=median"])
+    assert build_pruner(by_line).policy == CostAware(Median())  # type: ignore[attr-defined]
+    deeper = parse_settings(
+        GOOD, ["search.policy=cost_aware", "search.policy.policy=asha", "search.policy.policy.min_resource=2"]
+    )
+    assert build_pruner(deeper).policy == CostAware(ASHA(min_resource=2))  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize(
+    ("policy", "expected"),
+    [
+        ('{name = "cost_awar"}', r"^`search\.policy` must be one of .*Did you mean `costaware`\?"),
+        ('{name = "cost_aware", chunks = 2}', r"`chunks` is no argument of CostAware.*min_chunks"),
+        ('{name = "cost_aware", policy = "ahsa"}', r"^`search\.policy\.policy` must be one of .*Did you mean `asha`\?"),
+        ('{name = "cost_aware", policy = {name = "asha", reduction = 2}}', "Did you mean `reduction_factor`"),
+        ('{name = "cost_aware", policy = 3}', r"^`search\.policy\.policy` must be a policy, got 3"),
+        ('{name = "math:pi"}', r"`search\.policy` 'math:pi' is no policy"),
+    ],
+)
+def test_bad_policies(policy: str, expected: str) -> None:
+    with pytest.raises(SettingsError, match=expected):
+        build_pruner(parse_settings(GOOD, [f"search.policy={policy}"]))
+
+
 @pytest.mark.parametrize(
     ("override", "expected"),
     [
+        ("search.cost=flops", "`search.cost` must be one of 'tokens' or 'seconds', got 'flops'."),
         ("search.slotz=3", "`search.slotz` is no known key; did you mean `search.slots`?"),
         ("serch.slots=3", "`serch` is no known key; did you mean `search`?"),
         ("search.timeout=3", "`search.timeout` is no known key; did you mean `search.timeout_s`?"),

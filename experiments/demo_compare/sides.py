@@ -125,7 +125,7 @@ def _train(
             )
         trainer.train()
         trained_s = now()
-        entry["value"] = evaluator.measure(trainer, minimize=minimize).value
+        entry["value"] = evaluator.measure(trainer, minimize=[minimize]).value
         evaluated_s = now()
         entry["values"].append({"time_s": evaluated_s, "value": entry["value"]})
         trainer.model.save_pretrained(str(run_dir / "trials" / str(trial.number) / "adapter"))
@@ -153,7 +153,7 @@ def _chunk_evals(trainer: Any, evaluator: Any, chunks: int, minimize: bool, valu
             per_step = args.per_device_train_batch_size * args.gradient_accumulation_steps
             ends = chunk_boundaries(len(trainer.train_dataset), per_step, state.max_steps, chunks)
             if state.global_step in ends[:-1]:
-                value = evaluator.measure(trainer, minimize=minimize).value
+                value = evaluator.measure(trainer, minimize=[minimize]).value
                 values.append({"time_s": now(), "value": value if math.isfinite(value) else None})
 
     return ChunkEvals()

@@ -4,6 +4,7 @@ from rapidfire_policies.asha import ASHA
 from rapidfire_policies.auto import Auto
 from rapidfire_policies.base import Decision, History, Policy, TrialHistory, TrialState, Verdict
 from rapidfire_policies.betting_race import BettingRace
+from rapidfire_policies.cost_aware import CostAware
 from rapidfire_policies.curve_predict import CurvePredict
 from rapidfire_policies.fixed_step import FixedStep
 from rapidfire_policies.guard import Guard
@@ -15,7 +16,9 @@ from rapidfire_policies.paired_race import PairedRace
 from rapidfire_policies.pasha import PASHA
 from rapidfire_policies.patience import Patience
 from rapidfire_policies.rising_bound import RisingBound
+from rapidfire_policies.sequential_halving import SequentialHalving
 from rapidfire_policies.successive_halving import SuccessiveHalving
+from rapidfire_policies.top_two_thompson import TopTwoThompson
 from rapidfire_policies.warm_up import WarmUp
 from rapidfire_policies.wilcoxon import Wilcoxon
 
@@ -24,6 +27,7 @@ __all__ = [
     "PASHA",
     "Auto",
     "BettingRace",
+    "CostAware",
     "CurvePredict",
     "Decision",
     "FixedStep",
@@ -37,7 +41,9 @@ __all__ = [
     "Patience",
     "Policy",
     "RisingBound",
+    "SequentialHalving",
     "SuccessiveHalving",
+    "TopTwoThompson",
     "TrialHistory",
     "TrialState",
     "Verdict",

@@ -55,13 +55,13 @@ def check_inner(policy: object) -> None:
         raise ValueError(f"`policy` must be a policy, got {policy!r}.{fix}")
 
 
-def check_level(name: str, value: object) -> None:
-    """Raise ValueError unless `value` is a number strictly between 0 and 1.
+def check_level(name: str, value: object, fix: str = "") -> None:
+    """Raise ValueError unless `value` is a number (a bool is none) strictly between 0 and 1.
 
-    >>> check_level("alpha", 5)
+    >>> check_level("alpha", 5, fix="0.05 is an error in 20 searches.")
     Traceback (most recent call last):
         ...
     ValueError: `alpha` must be a number between 0 and 1, got 5. 0.05 is an error in 20 searches.
     """
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < 1:
-        raise ValueError(f"`{name}` must be a number between 0 and 1, got {value!r}. 0.05 is an error in 20 searches.")
+        raise ValueError(f"`{name}` must be a number between 0 and 1, got {value!r}. {fix}".rstrip())

@@ -74,7 +74,7 @@ class BettingRace(Policy):
     high: float = 1.0
 
     def __post_init__(self) -> None:
-        check_level("alpha", self.alpha)
+        check_level("alpha", self.alpha, fix="0.05 is an error in 20 searches.")
         if not (math.isfinite(self.low) and math.isfinite(self.high) and self.low < self.high):
             raise ValueError(
                 f"`low` and `high` must be finite, `low` below `high`, got {self.low!r} and {self.high!r}."

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from rapidfire_policies._arguments import check_int
+from rapidfire_policies._arguments import check_int, check_level
 from rapidfire_policies.base import Decision, History, Policy, TrialHistory, TrialState, Verdict
 from rapidfire_policies.power_laws import forecast
 from rapidfire_policies.rungs import rank_key
@@ -70,8 +70,7 @@ class CurvePredict(Policy):
     keep: int = 2
 
     def __post_init__(self) -> None:
-        if not 0 < self.threshold < 1:
-            raise ValueError(f"`threshold` must be in (0, 1), got {self.threshold!r}. It is a chance.")
+        check_level("threshold", self.threshold, fix="It is a chance.")
         check_int("min_resource", self.min_resource, at_least=3, fix="A power law has three unknowns.")
         check_int("keep", self.keep, at_least=1, fix="The best trial is never stopped.")
 

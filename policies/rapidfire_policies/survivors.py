@@ -70,3 +70,27 @@ def keep_one(history: History, decisions: Mapping[int, Decision]) -> dict[int, D
         reason=f"{kept[best.number].reason}; kept as the last finite trial".removeprefix("; "),
     )
     return kept
+
+
+def wake_one(history: History, decisions: Mapping[int, Decision]) -> dict[int, Decision]:
+    """Resume one trial where everybody is paused, nobody is complete, and the decisions resume nobody.
+
+    Otherwise the search would end there with nothing to hand over. The trial is the finite one with the most chunks
+    done, then the best last value, then the lowest number.
+
+    >>> history = History((TrialHistory(0, (0.3,), TrialState.PAUSED), TrialHistory(1, (0.2,), TrialState.PAUSED)), 4)
+    >>> {number: str(decision.verdict) for number, decision in wake_one(history, {}).items()}
+    {1: 'continue'}
+    """
+    kept = dict(decisions)
+    finite = [trial for trial in history.trials if is_finite(trial)]
+    going = (Verdict.CONTINUE, Verdict.COMPLETE)
+    if history.running or any(trial.state is TrialState.COMPLETE for trial in finite):
+        return kept
+    if any(trial.number in kept and kept[trial.number].verdict in going for trial in history.paused):
+        return kept
+    paused = [trial for trial in finite if trial.state is TrialState.PAUSED and survives(trial, kept)]
+    if paused:
+        best = min(paused, key=lambda trial: (-trial.resource, rank_key(trial.values[-1], trial.number)))
+        kept[best.number] = Decision(Verdict.CONTINUE, "all trials wait, and nobody is complete")
+    return kept

@@ -13,6 +13,8 @@ from rapidfire_automl.plan import Plan
 
 METRICS = ("nll", "preference_loss", "preference_accuracy", "reward_margin")
 """The built-in metrics' names."""
+COSTS = ("tokens", "seconds")
+"""What a policy may see as the cost of a chunk."""
 
 
 def check(
@@ -20,6 +22,7 @@ def check(
     model: Any,
     tokenizer: Any,
     metric: Any,
+    cost: Any,
     plan: Any,
     listeners: Any,
     dtype: Any,
@@ -31,7 +34,8 @@ def check(
     Args:
         model: Hub id, path or loaded model.
         tokenizer: Or None.
-        metric: Name, function or None.
+        metric: Name, function, sequence of those, or None.
+        cost: "tokens" or "seconds".
         plan: A plan, its path, or None.
         listeners: Functions.
         dtype: Of the base.
@@ -43,8 +47,13 @@ def check(
         if isinstance(value, bool) or not isinstance(value, int) or value < least:
             raise ValueError(f"`{name}` must be an integer >= {least}, got {value!r}.")
     _check_model(model, tokenizer)
-    if not (metric is None or callable(metric) or metric in METRICS):
-        raise ValueError(f"`metric` must be a function or one of {', '.join(METRICS)}, got {metric!r}.")
+    several = list(metric) if isinstance(metric, (list, tuple)) else [metric]
+    for one in several or [metric]:
+        if not (callable(one) or one in METRICS or metric is None):
+            names = ", ".join(METRICS)
+            raise ValueError(f"`metric` must be a function or one of {names}, or a list of those, got {one!r}.")
+    if cost not in COSTS:
+        raise ValueError(f"`cost` must be one of {', '.join(COSTS)}, got {cost!r}.")
     if not (plan is None or isinstance(plan, (Plan, str, os.PathLike))):
         raise ValueError(f"`plan` must be a Plan, the path of a recorded one or None, got {plan!r}.")
     for listener in listeners:

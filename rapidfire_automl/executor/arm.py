@@ -30,13 +30,13 @@ class Arm:
         trial: Optuna's trial.
         context: Its share of the process-wide state.
         record: Its story.
-        minimize: Whether its study minimises.
+        minimize: Whether its study minimises, by objective.
     """
 
     trial: optuna.Trial
     context: TrialContext
     record: TrialRecord
-    minimize: bool
+    minimize: tuple[bool, ...]
     row: int = -1
     sites: Mapping[str, LoraSite] = field(default_factory=dict)
     walks: CheapWalks | None = None

@@ -7,7 +7,7 @@ evaluated in joint passes.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -21,7 +21,8 @@ from torch.nn import functional as F
 from transformers import Trainer
 from trl import DPOTrainer, SFTTrainer
 
-Metric = Callable[[Trainer], float | Sequence[float]]
+Metric = Callable[[Trainer], Any]
+"""From a trainer to a number or to one score an example; to several of them in a study with several objectives."""
 PREFERENCE_BETA = 0.1
 """The one beta at which preferences are judged, whatever beta a trial trains with."""
 
@@ -31,12 +32,18 @@ class Measured:
     """One evaluation.
 
     Args:
-        value: The mean of `scores`, or what the metric returned.
-        scores: Per example, shape `(examples,)`; empty where the metric gives one number or packing loses the order.
+        vector: One value an objective: the mean of its scores, or what the metric returned.
+        scores: Per example, shape `(examples,)`, or `(objectives, examples)` with several objectives; empty where the
+            metric gives numbers, packing loses the order, or the objectives are scored on sets of different sizes.
     """
 
-    value: float
+    vector: tuple[float, ...]
     scores: NDArray[np.float64]
+
+    @property
+    def value(self) -> float:
+        """The first objective's value."""
+        return self.vector[0]
 
 
 @dataclass(slots=True)
@@ -44,40 +51,68 @@ class Evaluator:
     """Scores trainers, and keeps what does not change between trials: collated batches and reference log-probabilities.
 
     Args:
-        metric: A built-in's name, a callable on the trainer, or None for the trainer's own built-in.
+        metric: A built-in's name, a callable on the trainer, None for the trainer's own built-in, or a sequence of
+            those, one an objective.
         batch_size: Examples of a forward.
     """
 
-    metric: str | Metric | None
+    metric: str | Metric | Sequence[str | Metric] | None
     batch_size: int
     _batches: dict[str, list[tuple[list[int], dict[str, Tensor]]]] = field(default_factory=dict)
     _reference: dict[str, list[Tensor]] = field(default_factory=dict)
     _keys: WeakKeyDictionary[Trainer, str] = field(default_factory=WeakKeyDictionary)
 
+    @property
+    def _metrics(self) -> tuple[str | Metric | None, ...]:
+        if self.metric is None or isinstance(self.metric, str) or callable(self.metric):
+            return (self.metric,)
+        return tuple(self.metric)
+
+    def check_objectives(self, objectives: int) -> None:
+        """Raise ValueError if the metric can't be what a study with so many directions needs."""
+        if len(self._metrics) != objectives and not callable(self.metric):
+            got = self.metric if self.metric is None or isinstance(self.metric, str) else list(self.metric)
+            if objectives == 1:
+                raise ValueError(f"`study` must have {len(self._metrics)} directions for `metric` {got!r}, got 1.")
+            raise ValueError(
+                f"`metric` must give {objectives} values for a study with {objectives} directions: a list of "
+                f"{objectives} metrics, or a function that returns {objectives} numbers; got {got!r}."
+            )
+
     def check(self, trainer: Trainer) -> None:
         """Raise ValueError or TypeError if this trainer can't be evaluated."""
-        if callable(self.metric):
+        builtin = [metric for metric in self._metrics if not callable(metric)]
+        if not builtin:
             return
         if trainer.eval_dataset is None:
             raise ValueError(
                 "`eval_dataset` must be given: trials are compared on it after every chunk. "
                 "Pass it to the trainer, or give the executor a `metric`."
             )
-        self._builtin(trainer)
+        for metric in builtin:
+            self._builtin(trainer, metric)
 
-    def measure(self, trainer: Trainer, *, minimize: bool) -> Measured:
+    def measure(self, trainer: Trainer, *, minimize: Sequence[bool]) -> Measured:
         """Score a trainer's model.
 
         Args:
             trainer: The trial's trainer.
-            minimize: The study's direction; a built-in metric is negated if that runs against its own.
+            minimize: The study's directions; a built-in metric is negated if that runs against its own.
 
         Returns:
-            Value and scores in the study's direction.
+            Values and scores in the study's directions.
         """
-        if callable(self.metric):
-            return _measured(self.metric(trainer))
-        name = self._builtin(trainer)
+        if callable(self.metric) and len(minimize) > 1:
+            return _together(_several(self.metric(trainer), len(minimize)))
+        return _together(
+            [
+                _measured(metric(trainer)) if callable(metric) else self._measure_builtin(trainer, metric, down)
+                for metric, down in zip(self._metrics, minimize, strict=True)
+            ]
+        )
+
+    def _measure_builtin(self, trainer: Trainer, metric: str | None, minimize: bool) -> Measured:
+        name = self._builtin(trainer, metric)
         was_training = trainer.model.training
         trainer.model.eval()
         try:
@@ -87,9 +122,9 @@ class Evaluator:
             trainer.model.train(was_training)
         if minimize == (name in ("preference_accuracy", "reward_margin")):
             scores = -scores
-        return Measured(float(scores.mean()), np.empty(0) if _is_packed(trainer.eval_dataset) else scores)
+        return Measured((float(scores.mean()),), np.empty(0) if _is_packed(trainer.eval_dataset) else scores)
 
-    def _builtin(self, trainer: Trainer) -> str:
+    def _builtin(self, trainer: Trainer, metric: str | None) -> str:
         mine: tuple[str, ...]
         if isinstance(trainer, SFTTrainer):
             mine = ("nll",)
@@ -97,10 +132,9 @@ class Evaluator:
             mine = ("preference_loss", "preference_accuracy", "reward_margin")
         else:
             raise TypeError(f"`metric` must be a function for a {type(trainer).__name__}: it has no built-in one.")
-        name = self.metric or mine[0]
+        name = metric or mine[0]
         if name not in mine:
             raise ValueError(f"`metric` must be one of {', '.join(mine)} for a {type(trainer).__name__}, got {name!r}.")
-        assert isinstance(name, str)
         return name
 
     # -- data --------------------------------------------------------------------------------------------------------
@@ -192,10 +226,35 @@ def _measured(got: Any) -> Measured:
     except (TypeError, ValueError):
         scores = np.empty((0, 0))
     if scores.ndim == 0:
-        return Measured(float(scores), np.empty(0))
+        return Measured((float(scores),), np.empty(0))
     if scores.ndim != 1 or not len(scores):
         raise ValueError(f"`metric` must return a number or one score an example, got {got!r:.80}.")
-    return Measured(float(scores.mean()), scores)
+    return Measured((float(scores.mean()),), scores)
+
+
+def _several(got: Any, objectives: int) -> list[Measured]:
+    """What a user's metric has returned for several objectives at once: numbers, or rows of scores."""
+    parts = list(got.values()) if isinstance(got, Mapping) else got
+    try:
+        parts = list(parts)
+    except TypeError:
+        parts = []
+    if len(parts) != objectives or isinstance(got, (str, bytes)):
+        raise ValueError(
+            f"`metric` must return {objectives} numbers, or {objectives} rows of one score an example, for a study "
+            f"with {objectives} directions, got {got!r:.80}."
+        )
+    return [_measured(part) for part in parts]
+
+
+def _together(parts: Sequence[Measured]) -> Measured:
+    """One evaluation of one or several objectives."""
+    if len(parts) == 1:
+        return parts[0]
+    alike = len({part.scores.shape for part in parts}) == 1 and len(parts[0].scores) > 0
+    return Measured(
+        tuple(part.value for part in parts), np.stack([part.scores for part in parts]) if alike else np.empty(0)
+    )
 
 
 def _labels(inputs: dict[str, Tensor]) -> Tensor:

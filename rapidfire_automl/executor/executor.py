@@ -9,7 +9,6 @@ import signal
 import tempfile
 import threading
 import time
-import traceback
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -21,31 +20,27 @@ import optuna
 import torch
 from numpy.typing import NDArray
 from optuna.study import StudyDirection
-from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rapidfire_automl.events import Event, Listener
-from rapidfire_automl.executor import rounds, seams, training
+from rapidfire_automl.executor import rounds, seams
 from rapidfire_automl.executor.arguments import check as check_arguments
 from rapidfire_automl.executor.arguments import check_search
-from rapidfire_automl.executor.arm import Arm, Leave
-from rapidfire_automl.executor.base import Base, BaseChanged
+from rapidfire_automl.executor.arm import Arm
+from rapidfire_automl.executor.base import Base
 from rapidfire_automl.executor.conductor import Conductor
 from rapidfire_automl.executor.context import TrialContext
 from rapidfire_automl.executor.evaluation import Evaluator, Measured, Metric
 from rapidfire_automl.executor.explanation import explain
 from rapidfire_automl.executor.loading import ModelLike, load_base, load_tokenizer
 from rapidfire_automl.executor.planner import plan_for
-from rapidfire_automl.executor.requests import Forward
+from rapidfire_automl.executor.runner import Builder, Outcome, Runner
 from rapidfire_automl.executor.sources import Arrivals, Asking
 from rapidfire_automl.plan import Plan
 from rapidfire_automl.records import TrialRecord
-from rapidfire_policies.base import TrialState, Verdict
+from rapidfire_policies.base import TrialState
 
 logger = logging.getLogger("rapidfire_automl")
-
-Builder = Callable[[optuna.Trial], Any]
-Outcome = tuple[Literal["complete", "pruned", "failed", "cancelled"], float | None, str]
 
 
 class RapidFireExecutor:
@@ -62,7 +57,9 @@ class RapidFireExecutor:
         max_paused: Trials that may live beside those that train, `slots` by default; counts towards `n_jobs`.
         metric: What a trial is worth: None for the trainer's built-in one (SFT: mean token NLL; DPO: preference loss at
             beta 0.1), a built-in's name ("nll", "preference_loss", "preference_accuracy", "reward_margin"), or a
-            function from a trainer to a number or to one score an example.
+            function from a trainer to a number or to one score an example. In a study with k directions, a list of k of
+            these, or a function from a trainer to k numbers, to k rows of scores, or to a mapping of k of either.
+        cost: What a policy sees as the cost of a chunk: trained tokens, the same in every run, or seconds.
         eval_batch_size: Examples of an evaluation forward.
         plan: How requests are split into joint passes: None to calibrate, a `Plan`, or the path of a recorded one.
         output_dir: Where adapters go, `<output_dir>/trials/<number>/adapter`; a temporary folder by default.
@@ -95,7 +92,8 @@ class RapidFireExecutor:
         device: str | torch.device | None = None,
         seed: int = 0,
         max_paused: int | None = None,
-        metric: str | Metric | None = None,
+        metric: str | Metric | Sequence[str | Metric] | None = None,
+        cost: Literal["tokens", "seconds"] = "tokens",
         eval_batch_size: int = 16,
         plan: Plan | str | os.PathLike[str] | None = None,
         output_dir: str | os.PathLike[str] | None = None,
@@ -106,6 +104,7 @@ class RapidFireExecutor:
             model=model,
             tokenizer=tokenizer,
             metric=metric,
+            cost=cost,
             plan=plan,
             listeners=listeners,
             dtype=dtype,
@@ -121,6 +120,7 @@ class RapidFireExecutor:
         self.seed = seed
         self.max_paused = max_paused
         self.base_value: float | None = None
+        self.base_vector: tuple[float, ...] | None = None
         self.base_scores: NDArray[np.float64] | None = None
         self._model_like = model
         self._dtype, self._device = dtype, device
@@ -130,16 +130,15 @@ class RapidFireExecutor:
         self._output_dir = None if output_dir is None else Path(output_dir)
         self._listeners = list(listeners)
         self._records: dict[int, TrialRecord] = {}
-        self._referee = rounds.Referee(self._records, chunks, slots, self._tell)
+        self._referee = rounds.Referee(self._records, chunks, slots, self._tell, cost)
         self._base: Base | None = None
         self._conductor: Conductor | None = None
+        self._runner: Runner | None = None
         self._arrivals: Arrivals | None = None
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
         self._stopping = False
-        self._base_taken = False
         self._study_name = ""
-        self._local = threading.local()
         self._exit = ExitStack()
         self._opening = threading.Lock()
         self._finished = threading.Event()  # `Thread.join` may return early when Ctrl-C interrupts it
@@ -182,7 +181,7 @@ class RapidFireExecutor:
         Raises:
             RuntimeError: Called outside an objective of this executor.
         """
-        arm = getattr(self._local, "arm", None)
+        arm = None if self._runner is None else self._runner.arm
         if arm is None or self._base is None:
             raise RuntimeError("`executor.model(trial)` works inside a function decorated with `@executor.objective`.")
         if trial.number != arm.number:
@@ -191,34 +190,37 @@ class RapidFireExecutor:
             )
         return self._base.clone()
 
-    def objective(self, build: Builder) -> Callable[[optuna.Trial], float]:
+    def objective(self, build: Builder) -> Callable[[optuna.Trial], float | Sequence[float]]:
         """Make an Optuna objective of a function that builds and returns a trainer.
 
         Args:
             build: Called when the trial has a slot, with the trial.
 
         Returns:
-            For `study.optimize(..., n_jobs=executor.n_jobs)` or `executor.optimize`. A trial that raises is FAIL in
-            Optuna, its error in `records[number].error`; the others go on.
+            For `study.optimize(..., n_jobs=executor.n_jobs)` or `executor.optimize`; in a study with several
+            directions it returns as many values. A trial that raises is FAIL in Optuna, its error in
+            `records[number].error`; the others go on.
         """
 
-        def objective(trial: optuna.Trial) -> float:
+        def objective(trial: optuna.Trial) -> float | Sequence[float]:
             self._begin(trial.study)
             self._open(serving=True)
             assert self._arrivals is not None
+            assert self._runner is not None
             arm = self._arm(trial)
             self._arrivals.arrive(arm)
-            kind, value, reason = self._run(arm, build)
+            outcome = self._runner.run(arm, build)
             self._arrivals.gone()
             if self._error is not None:
                 raise RuntimeError(f"The search has failed. {self._error}") from self._error
-            if kind == "cancelled" and self._stopping:
+            if outcome.kind == "cancelled" and self._stopping:
                 trial.study.stop()
-            elif kind == "cancelled":
+            elif outcome.kind == "cancelled":
                 raise KeyboardInterrupt
-            if kind == "pruned":
-                raise optuna.TrialPruned(reason)
-            return float("nan") if kind != "complete" or value is None else value
+            if outcome.kind == "pruned":
+                raise optuna.TrialPruned(outcome.reason)
+            vector = outcome.vector if outcome.kind == "complete" else (float("nan"),) * len(arm.minimize)
+            return vector if len(vector) > 1 else vector[0]
 
         objective.__wrapped__ = build  # type: ignore[attr-defined]
         objective.__name__ = getattr(build, "__name__", "objective")
@@ -228,13 +230,14 @@ class RapidFireExecutor:
         """Search with our own ask-and-tell loop, in one thread's order: the same search each time it is run.
 
         Args:
-            study: Any study with one objective.
+            study: Any study; with several directions `metric` has to give as many values.
             objective: A function that builds a trainer, decorated or not.
             n_trials: Trials to ask for.
             timeout_s: No trial is asked for after so many seconds; those that run go on.
 
         Raises:
-            ValueError: `n_trials` is below 1, `objective` is no function, or the study has several objectives.
+            ValueError: `n_trials` is below 1, `objective` is no function, or `metric` does not give as many values as
+                the study has directions.
             RuntimeError: Every trial failed; the message has the first error.
             KeyboardInterrupt: Ctrl-C; finished trials are in the study.
         """
@@ -246,6 +249,8 @@ class RapidFireExecutor:
             self._conductor.renew()
         self._open(serving=False)
         assert self._conductor is not None
+        assert self._runner is not None
+        runner = self._runner
         threads: dict[int, threading.Thread] = {}
         outcomes: dict[int, Outcome] = {}
         mine: list[int] = []
@@ -256,7 +261,7 @@ class RapidFireExecutor:
             mine.append(arm.number)
 
             def body() -> None:
-                outcomes[arm.number] = self._run(arm, build)
+                outcomes[arm.number] = runner.run(arm, build)
 
             threads[arm.number] = threading.Thread(target=body, name=f"trial-{arm.number}", daemon=True)
             threads[arm.number].start()
@@ -264,14 +269,15 @@ class RapidFireExecutor:
 
         def retire(arm: Arm) -> None:
             threads.pop(arm.number).join()
-            kind, value, _ = outcomes.pop(arm.number, ("failed", None, ""))
+            outcome = outcomes.pop(arm.number, Outcome("failed"))
             if local is not None:  # a sampler that has seen all of its grid may stop the study from `tell`
                 local.in_optimize_loop = True
             try:
-                if kind == "complete":
-                    study.tell(arm.trial, value)
+                if outcome.kind == "complete":
+                    study.tell(arm.trial, outcome.vector)
                 else:
-                    state = optuna.trial.TrialState.PRUNED if kind == "pruned" else optuna.trial.TrialState.FAIL
+                    pruned = outcome.kind == "pruned"
+                    state = optuna.trial.TrialState.PRUNED if pruned else optuna.trial.TrialState.FAIL
                     study.tell(arm.trial, state=state)
             finally:
                 if local is not None:
@@ -315,7 +321,7 @@ class RapidFireExecutor:
         if self._thread is not None:
             self._finished.wait()
         self._exit.close()
-        self._base = self._conductor = self._arrivals = self._thread = None
+        self._base = self._conductor = self._runner = self._arrivals = self._thread = None
         gc.unfreeze()
         gc.collect()
 
@@ -344,7 +350,7 @@ class RapidFireExecutor:
         with self._opening:
             if self._base is None:
                 self._born_s = time.perf_counter()
-                base = load_base(self._model_like, self._dtype, self._device)
+                base = self._load_base()
                 _ = self.tokenizer
                 self._base = Base(base, self.slots)
                 for note in self._base.notes:
@@ -358,6 +364,18 @@ class RapidFireExecutor:
                 self._base.multiplexer.use(plan)
                 self._conductor = Conductor(self.slots, self.n_jobs, plan, self._referee, self._tell, self._clock)
                 self._conductor.multiplexer = self._base.multiplexer
+                self._runner = Runner(
+                    self._base,
+                    self._conductor,
+                    self._evaluator,
+                    self.chunks,
+                    self.seed,
+                    self._tell,
+                    self._folder,
+                    None if isinstance(self._model_like, PreTrainedModel) else self._load_base,
+                    self._keep_base,
+                    self._abort,
+                )
                 logger.info("Plan: %s", plan.reason)
                 self._tell(
                     "plan",
@@ -406,146 +424,33 @@ class RapidFireExecutor:
         if error is not None:
             raise error
 
-    # -- one trial, in its own thread --------------------------------------------------------------------------------
+    # -- the rest ----------------------------------------------------------------------------------------------------
 
     def _begin(self, study: optuna.Study) -> None:
         """Take a study; what is known of another's trials is forgotten, since numbers start anew."""
-        if len(study.directions) != 1:
-            raise ValueError(f"`study` must have one objective, got {len(study.directions)}.")
+        self._evaluator.check_objectives(len(study.directions))
         with self._opening:
             if study.study_name != self._study_name:
                 self._study_name = study.study_name
                 self._records.clear()
-                self._referee.past = rounds.past(study, self.chunks)
+                self._referee.begin(study)
 
     def _arm(self, trial: optuna.Trial) -> Arm:
         record = TrialRecord(trial.number)
         self._records[trial.number] = record
-        minimize = trial.study.direction == StudyDirection.MINIMIZE
+        minimize = tuple(direction == StudyDirection.MINIMIZE for direction in trial.study.directions)
         return Arm(trial, TrialContext(self.seed), record, minimize)
 
-    def _run(self, arm: Arm, build: Builder) -> Outcome:
-        """Wait for the baton, build, train, and say what came of it."""
-        conductor = self._conductor
-        assert conductor is not None
-        kind: Literal["complete", "pruned", "failed", "cancelled"] = "failed"
-        value, reason = None, ""
-        while not arm.go.wait(0.2):
-            if conductor.cancelled and arm not in conductor.arms:
-                arm.record.state, arm.record.error = TrialState.FAILED, "the search was ended"
-                return "cancelled", None, arm.record.error
-        try:
-            if conductor.cancelled:
-                raise Leave
-            arm.context.enter()
-            self._local.arm = arm
-            kind, value, reason = self._train(arm, build)
-        except Leave:
-            kind, reason = "cancelled", "the search was ended"
-            arm.record.error = reason
-        except optuna.TrialPruned as pruned:
-            kind, reason = "pruned", str(pruned)
-        except BaseException as error:
-            reason = arm.record.error = f"{type(error).__name__}: {error}"
-            if isinstance(error, BaseChanged) and not error.repaired:
-                self._mend_base(arm)
-            logger.warning("Trial %d failed. %s", arm.number, reason)
-            logger.debug("%s", traceback.format_exc())
-            arm.trial.set_user_attr("rapidfire:error", reason)
-        finally:
-            self._local.arm = None
-            arm.walks = None
-            states = {"complete": TrialState.COMPLETE, "pruned": TrialState.STOPPED}
-            arm.record.state = states.get(kind, TrialState.FAILED)
-            try:
-                self._tell(
-                    "trial_ended",
-                    arm,
-                    state="failed" if kind == "cancelled" else kind,
-                    value=value,
-                    reason=reason,
-                    adapter=arm.record.adapter,
-                )
-            finally:
-                conductor.leave(arm)
-        return kind, value, reason
+    def _keep_base(self, measured: Measured) -> None:
+        self.base_value, self.base_vector, self.base_scores = measured.value, measured.vector, measured.scores
 
-    def _train(self, arm: Arm, build: Builder) -> Outcome:
-        conductor, base, record = self._conductor, self._base, arm.record
-        assert conductor is not None
-        assert base is not None
-        trainer = None
-        try:
-            trainer = build(arm.trial)
-        except StopIteration as error:
-            raise ValueError("`train_dataset` must not be empty: TRL asked for its first example.") from error
-        finally:
-            record.params = dict(arm.trial.params)
-            base.check(repair=True)
-        if isinstance(model := getattr(trainer, "model", None), PeftModel) and not base.owns(model.get_base_model()):
-            raise ValueError("The trainer's model did not come from this executor. Pass `model=executor.model(trial)`.")
-        training.train(arm, trainer, self._host(base, conductor))
-        if arm.record.boundaries and len(record.values) < len(record.boundaries):
-            verdict, reason = record.verdicts[-1][1:] if record.verdicts else ("", "")
-            if verdict == Verdict.STOP:
-                return "pruned", record.values[-1], reason
-            if verdict != Verdict.COMPLETE:
-                raise RuntimeError(
-                    f"the trainer ended itself after {len(record.values)} of {len(record.boundaries)} chunks "
-                    "(early stopping of its own?); let the policy stop trials instead"
-                )
-        value, reason = record.values[-1], (record.verdicts[-1][2] if record.verdicts else "")
-        if not np.isfinite(value):
-            raise ValueError(f"the last value is {value}")
-        assert isinstance(model, PeftModel)
-        training.save(arm, model, self._folder(arm.number) / "adapter")
-        arm.trial.set_user_attr("rapidfire:adapter", arm.record.adapter)
-        return "complete", value, reason
+    def _abort(self, error: BaseException) -> None:
+        self._error = error
+        if self._conductor is not None:
+            self._conductor.cancel()
 
-    def _mend_base(self, arm: Arm) -> None:
-        """A trial wrote into the base: load it again, or end the search where that is not possible."""
-        conductor, base = self._conductor, self._base
-        assert conductor is not None
-        assert base is not None
-        if isinstance(self._model_like, PreTrainedModel):
-            self._error = RuntimeError(f"The search was ended by trial {arm.number}. {arm.record.error}")
-            conductor.cancel()
-        else:
-            base.restore(load_base(self._model_like, self._dtype, self._device))
-
-    def _host(self, base: Base, conductor: Conductor) -> training.Host:
-        def take_base() -> bool:
-            taken, self._base_taken = self._base_taken, True
-            return not taken
-
-        def keep_base(measured: Measured | None) -> None:
-            if measured is None:
-                self._base_taken = False
-                return
-            self.base_value, self.base_scores = measured.value, measured.scores
-            self._tell("base_evaluated", None, value=measured.value)
-
-        def submit(arm: Arm, request: Any) -> Any:
-            if not isinstance(request, Forward):  # whoever wrote to the base is still at work here
-                base.check(repair=True)
-            return conductor.submit(arm, request)
-
-        return training.Host(
-            submit=submit,
-            join=base.join,
-            part=base.part,
-            evaluator=self._evaluator,
-            chunks=self.chunks,
-            seed=self.seed,
-            tell=self._tell,
-            measure_base=take_base,
-            keep_base=keep_base,
-            check=base.check_arm,
-            folder=self._folder,
-            joint_head=base.multiplexer.head is not None,
-        )
-
-    # -- the rest ----------------------------------------------------------------------------------------------------
+    def _load_base(self) -> PreTrainedModel:
+        return load_base(self._model_like, self._dtype, self._device)
 
     def _tell(self, kind: str, arm: Arm | None, **data: Any) -> None:
         event = Event(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -86,10 +87,12 @@ class Boundary:
 
     Args:
         chunk: Chunks done.
-        value: In the user's sign.
-        scores: Per example, in the user's sign.
+        vector: A value an objective, in the user's sign.
+        scores: Per example, in the user's sign, `(examples,)`, or `(objectives, examples)` with several objectives.
+        metrics: What the trainer has logged in this chunk, by name.
     """
 
     chunk: int
-    value: float
+    vector: tuple[float, ...]
     scores: Any
+    metrics: Mapping[str, float]

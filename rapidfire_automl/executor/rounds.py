@@ -2,17 +2,27 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
+from typing import Literal
 
 import numpy as np
 import optuna
+from numpy.typing import NDArray
 
 from rapidfire_automl.executor.arm import Arm
 from rapidfire_automl.histories import CHUNKS_ATTR, history_from_study
 from rapidfire_automl.pruners import PolicyPruner
 from rapidfire_automl.records import TrialRecord
 from rapidfire_policies.base import Decision, History, Policy, TrialHistory, TrialState, Verdict
+from rapidfire_policies.pareto import scalarize
+
+logger = logging.getLogger("rapidfire_automl")
+
+Cost = Literal["tokens", "seconds"]
+VECTORS_ATTR = "rapidfire:vectors"
+"""The trial attribute that holds its vectors, one a chunk, where there are several objectives."""
 
 
 class Referee:
@@ -23,14 +33,28 @@ class Referee:
         chunks: Of a whole trial.
         slots: Trials that train at a time.
         tell: Emits an event (kind, arm, data).
+        cost: What a policy sees as the cost of a chunk.
     """
 
-    def __init__(self, records: Mapping[int, TrialRecord], chunks: int, slots: int, tell: Callable[..., None]) -> None:
-        self.past: tuple[TrialHistory, ...] = ()
+    def __init__(
+        self, records: Mapping[int, TrialRecord], chunks: int, slots: int, tell: Callable[..., None], cost: Cost
+    ) -> None:
+        self._past: tuple[TrialHistory, ...] = ()
+        self._cost = cost
         self._records = records
         self._chunks = chunks
         self._slots = slots
         self._tell = tell
+
+    def begin(self, study: optuna.Study) -> None:
+        """Take up a study; says so once where its pruner will have no say."""
+        self._past = past(study, self._chunks)
+        several, stock = len(study.directions) > 1, not isinstance(study.pruner, PolicyPruner)
+        if several and stock and not isinstance(study.pruner, optuna.pruners.NopPruner):
+            name = type(study.pruner).__name__
+            message = f"{name} isn't asked in a study with several objectives; a PolicyPruner would be."
+            logger.warning(message)
+            self._tell("warning", None, message=message)
 
     def __call__(self, waiting: Sequence[Arm], paused: Sequence[Arm]) -> dict[int, Decision]:
         """Record what the arms at a boundary have to say, and judge.
@@ -52,8 +76,14 @@ class Referee:
         decisions: dict[int, Decision] = {}
         if going or paused:
             one = (going or paused)[0]
-            now = history(self._records.values(), minimize=one.minimize, chunks=self._chunks, slots=self._slots)
-            whole = replace(now, trials=(*self.past, *now.trials))
+            now = history(
+                self._records.values(),
+                minimize=one.minimize,
+                chunks=self._chunks,
+                slots=self._slots,
+                cost=self._cost,
+            )
+            whole = replace(now, trials=(*self._past, *now.trials))
             decisions = dict(judge(one.trial.study, going, paused, whole))
         for arm in ended:
             decisions[arm.number] = Decision(Verdict.COMPLETE, "trained to the end")
@@ -67,53 +97,87 @@ class Referee:
 
     def _record(self, arm: Arm) -> None:
         request, record = arm.request, arm.record
-        record.values.append(request.value)
-        record.scores.append(np.asarray(request.scores, dtype=np.float64))
-        record.seconds.append(arm.chunk_seconds)
-        record.tokens.append(arm.chunk_tokens)
-        self._tell("chunk_done", arm, value=request.value, seconds=arm.chunk_seconds, tokens=arm.chunk_tokens)
+        scores = np.asarray(request.scores, dtype=np.float64)
+        record.add_chunk(request.vector, scores, request.metrics, arm.chunk_seconds, arm.chunk_tokens)
+        several = {"vector": request.vector} if len(request.vector) > 1 else {}
+        self._tell(
+            "chunk_done", arm, value=record.values[-1], seconds=arm.chunk_seconds, tokens=arm.chunk_tokens, **several
+        )
         arm.chunk_seconds, arm.chunk_tokens = 0.0, 0
 
 
 def report(arms: Sequence[Arm]) -> None:
-    """Report each arm's newest value to Optuna, in trial order."""
+    """Tell Optuna each arm's newest value, in trial order; vectors, which it refuses, as an attribute of the trial."""
     for arm in arms:
-        arm.trial.report(arm.record.values[-1], step=len(arm.record.values))
+        record = arm.record
+        if record.vectors:
+            arm.trial.set_user_attr(VECTORS_ATTR, [list(vector) for vector in record.vectors])
+        else:
+            arm.trial.report(record.values[-1], step=len(record.values))
 
 
-def history(records: Iterable[TrialRecord], *, minimize: bool, chunks: int, slots: int) -> History:
+def history(
+    records: Iterable[TrialRecord], *, minimize: Sequence[bool], chunks: int, slots: int, cost: Cost = "tokens"
+) -> History:
     """The search as a policy sees it, lower is better. Trials that still wait for a slot are left out.
+
+    With several objectives a trial's value after chunk k is where its vector stands among those of all trials after
+    chunk k (`rapidfire_policies.pareto.scalarize`), and there are no per-example scores.
 
     Args:
         records: All trials.
-        minimize: Whether the study minimises.
+        minimize: Whether the study minimises, by objective.
         chunks: Of a whole trial.
         slots: Trials that train at a time.
+        cost: What becomes of `TrialHistory.costs`.
     """
-    sign = 1.0 if minimize else -1.0
+    shown = [
+        record
+        for record in sorted(records, key=lambda r: r.number)
+        if record.values or record.state is not TrialState.RUNNING
+    ]
+    signs = np.where(minimize, 1.0, -1.0)
+    one = len(minimize) == 1
+    values = (
+        {r.number: [float(signs[0] * value) for value in r.values] for r in shown} if one else _ranked(shown, signs)
+    )
     return History(
         tuple(
             TrialHistory(
                 number=record.number,
-                values=tuple(sign * value for value in record.values),
+                values=tuple(values[record.number]),
                 state=record.state,
-                scores=tuple(sign * np.asarray(s) for s in record.scores if len(s)),
-                costs=tuple(record.seconds),
+                scores=tuple(signs[0] * np.asarray(s) for s in record.scores if len(s)) if one else (),
+                costs=tuple(map(float, record.tokens if cost == "tokens" else record.seconds)),
                 params=dict(record.params),
+                metrics={name: tuple(numbers) for name, numbers in record.metrics.items()},
             )
-            for record in sorted(records, key=lambda r: r.number)
-            if record.values or record.state is not TrialState.RUNNING
+            for record in shown
         ),
         chunks=chunks,
         slots=slots,
     )
 
 
+def _ranked(records: Sequence[TrialRecord], signs: NDArray[np.float64]) -> dict[int, list[float]]:
+    """Per trial, where it stands after each chunk among all that got there."""
+    values: dict[int, list[float]] = {record.number: [] for record in records}
+    for chunk in range(max((len(record.vectors) for record in records), default=0)):
+        there = [record for record in records if len(record.vectors) > chunk]
+        scalars = scalarize(np.array([record.vectors[chunk] for record in there]) * signs)
+        for record, scalar in zip(there, scalars.tolist(), strict=True):
+            values[record.number].append(scalar)
+    return values
+
+
 def past(study: optuna.Study, chunks: int) -> tuple[TrialHistory, ...]:
-    """Finished trials an earlier executor left in the study, if it cut trials into as many chunks."""
+    """Finished trials an earlier executor left in the study, if it cut trials into as many chunks.
+
+    With several objectives none are: where a trial stood among others is nothing to compare with.
+    """
     if CHUNKS_ATTR not in study.user_attrs:
         study.set_user_attr(CHUNKS_ATTR, chunks)
-    if study.user_attrs[CHUNKS_ATTR] != chunks:
+    if study.user_attrs[CHUNKS_ATTR] != chunks or len(study.directions) > 1:
         return ()
     return tuple(trial for trial in history_from_study(study).trials if not trial.is_live)
 
@@ -124,7 +188,7 @@ def judge(
     """One judgement over the whole history.
 
     Args:
-        study: Its pruner decides: a `PolicyPruner`'s policy at once, a stock one trial by trial.
+        study: Its pruner decides: a `PolicyPruner`'s policy at once, a stock one trial by trial (with one objective).
         waiting: Arms at a boundary that are not at their end.
         paused: Paused arms.
         history: All trials.
@@ -137,7 +201,7 @@ def judge(
         return _policy(pruner.policy, history)
     decisions = {}
     for arm in waiting:
-        if arm.trial.should_prune():
+        if len(arm.minimize) == 1 and arm.trial.should_prune():
             decisions[arm.number] = Decision(Verdict.STOP, f"{type(pruner).__name__} says so")
     for arm in paused:
         decisions[arm.number] = Decision(Verdict.CONTINUE, "")

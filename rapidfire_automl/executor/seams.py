@@ -218,6 +218,14 @@ def autocast_dtype(device: str) -> torch.dtype | None:
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
 
 
+def _real_tokens(kwargs: dict[str, Any]) -> int:
+    """The tokens of a backbone's forward, without padding."""
+    mask, ids = kwargs.get("attention_mask"), kwargs.get("input_ids")
+    if isinstance(mask, Tensor) and mask.dim() == 2:
+        return int(mask.sum())
+    return int(ids.numel() if ids is not None else kwargs["inputs_embeds"][..., 0].numel())
+
+
 @dataclass(slots=True)
 class Seam:
     """The cuts in one trial's trainer; `close` undoes them.
@@ -227,13 +235,13 @@ class Seam:
         model: Its PEFT model.
         submit: Files a request and returns its answer, in the trial's thread.
         fused: Whether forwards are handed over; the backward and the pace are in any case.
-        pace: Called before a training forward.
+        pace: Called before a training forward, with the real tokens in it if it is not handed over.
     """
 
     trainer: Trainer
     model: PeftModel
     submit: Submit
-    pace: Callable[[], None]
+    pace: Callable[[int], None]
     fused: bool
     joint_head: bool
     notes: list[str] = field(default_factory=list)
@@ -310,7 +318,7 @@ class Seam:
                 kwargs["input_ids"] = args[0]
             request = self._request(decoder, kwargs) if self.fused and len(args) <= 1 else None
             if torch.is_grad_enabled():
-                self.pace()
+                self.pace(_real_tokens(kwargs) if request is None else 0)
             if request is None:
                 with self._own_disable() if self._off else nullcontext():
                     return own(**kwargs)
@@ -340,7 +348,7 @@ class Seam:
                 return own(*args, **kwargs)
             assert labels is not None
             if request.grad:
-                self.pace()
+                self.pace(0)
             mask = labels[:, 1:] != -100
             fields = self.submit(request.with_head(spec, labels[:, 1:], mask))
             count = mask.sum().clamp(min=1) if num_items_in_batch is None else num_items_in_batch

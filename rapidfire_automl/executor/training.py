@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -59,12 +59,18 @@ class Host:
 
 
 class ChunkCallback(TrainerCallback):
-    """Stops at every chunk boundary, reports, and waits for the verdict."""
+    """Stops at every chunk boundary, reports, and waits for the verdict.
+
+    A trainer logs a step after the callbacks have heard of its end. Where the step at a boundary is to be logged, the
+    boundary waits for that, so that a chunk's metrics include its last step.
+    """
 
     def __init__(self, arm: Arm, trainer: Trainer, host: Host) -> None:
         self._arm = arm
         self._trainer = trainer
         self._host = host
+        self._due = False
+        self._logged = 0
         self.step_begins = False
 
     def on_train_begin(
@@ -90,22 +96,25 @@ class ChunkCallback(TrainerCallback):
                     measured = host.evaluator.measure(self._trainer, minimize=arm.minimize)
             finally:
                 host.keep_base(measured)
+        self._logged = len(state.log_history)
 
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Remember to keep pace before the step's first forward."""
+        self._close_chunk(state, control)
         self.step_begins = True
 
-    def pace(self) -> None:
-        """Called before every forward with gradient."""
+    def pace(self, tokens: int) -> None:
+        """Called before every forward with gradient, with the tokens that no joint pass counts."""
+        self._arm.chunk_tokens += tokens
         if self.step_begins:
             self.step_begins = False
             self._arm.abandon_passes()
             self._host.submit(self._arm, Pace())
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """At a boundary: evaluate, report, wait."""
+        """Notice a boundary."""
         arm, host, record = self._arm, self._host, self._arm.record
         arm.abandon_passes()
         arm.step = state.global_step
@@ -113,14 +122,37 @@ class ChunkCallback(TrainerCallback):
         host.tell("step", arm, step=state.global_step, max_steps=state.max_steps)
         if done >= len(record.boundaries) or state.global_step < record.boundaries[done]:
             return
+        self._due = True
+        if not control.should_log:
+            self._close_chunk(state, control)
+
+    def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """The boundary's step has been logged."""
+        self._close_chunk(state, control)
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """A callback has kept the trainer from logging the last step."""
+        self._close_chunk(state, control)
+
+    def _close_chunk(self, state: TrainerState, control: TrainerControl) -> None:
+        """Where a boundary is due: evaluate, report, wait."""
+        if not self._due:
+            return
+        self._due = False
+        arm, host = self._arm, self._host
         host.check(arm)
         if arm.walks is not None:
             arm.walks.refresh()
         flags = dict(vars(control))
+        metrics = _means(state.log_history[self._logged :])
         with generators_of_its_own(host.seed):
             measured = host.evaluator.measure(self._trainer, minimize=arm.minimize)
         vars(control).update(flags)  # a metric that calls `trainer.evaluate()` would swallow this step's log
-        decision = host.submit(arm, Boundary(done + 1, measured.value, measured.scores))
+        self._logged = len(state.log_history)
+        boundary = Boundary(len(arm.record.values) + 1, measured.vector, measured.scores, metrics)
+        decision = host.submit(arm, boundary)
         if isinstance(decision, Decision) and decision.verdict in (Verdict.STOP, Verdict.COMPLETE):
             control.should_training_stop = True
             if state.global_step < state.max_steps:
@@ -194,6 +226,16 @@ def check_trainer(trainer: Any) -> PeftModel:
     if hasattr(trainer.train_dataset, "__len__") and not len(trainer.train_dataset):
         raise ValueError("`train_dataset` must not be empty.")
     return model
+
+
+def _means(entries: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    """The mean of each number in some entries of a trainer's log, over the entries that have it."""
+    logged: dict[str, list[float]] = {}
+    for entry in entries:
+        for name, value in entry.items():
+            if isinstance(value, (int, float)) and not isinstance(value, bool) and name not in ("epoch", "step"):
+                logged.setdefault(name, []).append(float(value))
+    return {name: sum(values) / len(values) for name, values in logged.items()}
 
 
 def _boundaries(trainer: Trainer, max_steps: int, chunks: int) -> tuple[int, ...]:

@@ -70,6 +70,10 @@ def no_loading(monkeypatch: pytest.MonkeyPatch) -> None:
         ({"seed": "x"}, "`seed` must be an integer >= 0, got 'x'."),
         ({"metric": "accuracy"}, "`metric` must be a function or one of nll, preference_loss, .* got 'accuracy'."),
         ({"metric": 3}, "`metric` must be a function or one of .*, got 3."),
+        ({"metric": ["nll", "accuracy"]}, "`metric` must be .* or a list of those, got 'accuracy'."),
+        ({"metric": [None]}, "`metric` must be .* or a list of those, got None."),
+        ({"metric": []}, "`metric` must be .* or a list of those, got \\[\\]."),
+        ({"cost": "flops"}, "`cost` must be one of tokens, seconds, got 'flops'."),
         ({"dtype": "float99"}, "`dtype` must be 'auto', a torch.dtype or its name .* got 'float99'."),
         ({"device": "gpu?"}, "`device` must be a device such as .* got 'gpu\\?'."),
         ({"plan": 4096}, "`plan` must be a Plan, the path of a recorded one or None, got 4096."),
@@ -104,11 +108,11 @@ def test_n_trials(n_trials: Any) -> None:
 
 @pytest.mark.usefixtures("no_loading")
 @pytest.mark.parametrize("threads", [False, True])
-def test_a_study_of_several_objectives(threads: bool) -> None:
+def test_a_study_of_several_objectives_needs_as_many_metrics(threads: bool) -> None:
     executor = make_executor()
     study = optuna.create_study(directions=["minimize", "maximize"])
     run = partial(study.optimize) if threads else partial(executor.optimize, study)
-    with pytest.raises(ValueError, match="`study` must have one objective, got 2"):
+    with pytest.raises(ValueError, match="`metric` must give 2 values for a study with 2 directions"):
         run(by_lr(executor), n_trials=1)
 
 

@@ -6,7 +6,7 @@ import math
 import random
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import optuna
@@ -180,10 +180,11 @@ def test_freed_slots_are_filled_in_the_next_round(threads: bool) -> None:
 
 
 @pytest.mark.parametrize("direction", ["minimize", "maximize"])
-def test_one_decision_a_round_over_the_whole_history(direction: str) -> None:
+@pytest.mark.parametrize("cost", ["tokens", "seconds"])
+def test_one_decision_a_round_over_the_whole_history(direction: str, cost: Literal["tokens", "seconds"]) -> None:
     policy = Scripted({(3, 1): "stop"})
     study = study_of(LRS[:4], policy, direction=direction)
-    done = search(LRS[:4], study=study, slots=4)
+    done = search(LRS[:4], study=study, slots=4, cost=cost)
     sign = 1 if direction == "minimize" else -1
     assert len(policy.seen) == 2, "the third round has nobody to judge: all are at their end"
     for round_, history in enumerate(policy.seen, start=1):
@@ -199,7 +200,7 @@ def test_one_decision_a_round_over_the_whole_history(direction: str) -> None:
             assert len(trial.scores) == len(trial.costs) == trial.resource
             for scores, kept in zip(trial.scores, record.scores, strict=False):
                 np.testing.assert_array_equal(scores, sign * kept)
-            assert trial.costs == tuple(record.seconds[: trial.resource])
+            assert trial.costs == tuple(getattr(record, cost)[: trial.resource])
             assert min(trial.costs) > 0
 
 

@@ -1,0 +1,195 @@
+"""One trial in its own thread: wait for the baton, build, train, and say what came of it."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import optuna
+from peft import PeftModel
+from transformers import PreTrainedModel
+
+from rapidfire_automl.executor import training
+from rapidfire_automl.executor.arm import Arm, Leave
+from rapidfire_automl.executor.base import Base, BaseChanged
+from rapidfire_automl.executor.conductor import Conductor
+from rapidfire_automl.executor.evaluation import Evaluator, Measured
+from rapidfire_automl.executor.requests import Forward
+from rapidfire_policies.base import TrialState, Verdict
+
+logger = logging.getLogger("rapidfire_automl")
+
+Builder = Callable[[optuna.Trial], Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What came of a trial.
+
+    Args:
+        kind: "cancelled" if the search was ended.
+        vector: Its last values, one an objective; empty if it has none.
+        reason: In words.
+    """
+
+    kind: Literal["complete", "pruned", "failed", "cancelled"]
+    vector: tuple[float, ...] = ()
+    reason: str = ""
+
+
+@dataclass
+class Runner:
+    """Runs trials, each in the thread that calls `run`.
+
+    Args:
+        base: The shared base.
+        conductor: Hands the baton round.
+        evaluator: Scores trainers.
+        chunks: Of a whole trial.
+        seed: Of the evaluation.
+        tell: Emits an event (kind, arm or None, data).
+        folder: Where a trial's files go.
+        reload: Loads the base anew, or None where it came as an object.
+        keep_base: Takes what the untrained base is worth.
+        abort: Ends the search with an error.
+    """
+
+    base: Base
+    conductor: Conductor
+    evaluator: Evaluator
+    chunks: int
+    seed: int
+    tell: Callable[..., None]
+    folder: Callable[[int], Path]
+    reload: Callable[[], PreTrainedModel] | None
+    keep_base: Callable[[Measured], None]
+    abort: Callable[[BaseException], None]
+    _local: threading.local = field(default_factory=threading.local)
+    _base_taken: bool = False
+
+    @property
+    def arm(self) -> Arm | None:
+        """The arm whose trial is built or trained in this thread."""
+        return getattr(self._local, "arm", None)
+
+    def run(self, arm: Arm, build: Builder) -> Outcome:
+        """Take a trial from its first turn to its end; raises nothing a trial can raise."""
+        conductor = self.conductor
+        outcome = Outcome("failed")
+        while not arm.go.wait(0.2):
+            if conductor.cancelled and arm not in conductor.arms:
+                arm.record.state, arm.record.error = TrialState.FAILED, "the search was ended"
+                return Outcome("cancelled", reason=arm.record.error)
+        try:
+            if conductor.cancelled:
+                raise Leave
+            arm.context.enter()
+            self._local.arm = arm
+            outcome = self._train(arm, build)
+        except Leave:
+            outcome = Outcome("cancelled", reason="the search was ended")
+            arm.record.error = outcome.reason
+        except optuna.TrialPruned as pruned:
+            outcome = Outcome("pruned", reason=str(pruned))
+        except BaseException as error:
+            outcome = Outcome("failed", reason=f"{type(error).__name__}: {error}")
+            arm.record.error = outcome.reason
+            if isinstance(error, BaseChanged) and not error.repaired:
+                self._mend_base(arm)
+            logger.warning("Trial %d failed. %s", arm.number, outcome.reason)
+            logger.debug("%s", traceback.format_exc())
+            arm.trial.set_user_attr("rapidfire:error", outcome.reason)
+        finally:
+            self._local.arm = None
+            arm.walks = None
+            states = {"complete": TrialState.COMPLETE, "pruned": TrialState.STOPPED}
+            arm.record.state = states.get(outcome.kind, TrialState.FAILED)
+            try:
+                self.tell(
+                    "trial_ended",
+                    arm,
+                    state="failed" if outcome.kind == "cancelled" else outcome.kind,
+                    value=outcome.vector[0] if outcome.vector else None,
+                    reason=outcome.reason,
+                    adapter=arm.record.adapter,
+                )
+            finally:
+                conductor.leave(arm)
+        return outcome
+
+    def _train(self, arm: Arm, build: Builder) -> Outcome:
+        base, record = self.base, arm.record
+        trainer = None
+        try:
+            trainer = build(arm.trial)
+        except StopIteration as error:
+            raise ValueError("`train_dataset` must not be empty: TRL asked for its first example.") from error
+        finally:
+            record.params = dict(arm.trial.params)
+            base.check(repair=True)
+        if isinstance(model := getattr(trainer, "model", None), PeftModel) and not base.owns(model.get_base_model()):
+            raise ValueError("The trainer's model did not come from this executor. Pass `model=executor.model(trial)`.")
+        training.train(arm, trainer, self._host())
+        verdict, reason = record.verdicts[-1][1:] if record.verdicts else ("", "")
+        if record.boundaries and len(record.values) < len(record.boundaries):
+            if verdict == Verdict.STOP:
+                return Outcome("pruned", record.last_vector, reason)
+            if verdict != Verdict.COMPLETE:
+                raise RuntimeError(
+                    f"the trainer ended itself after {len(record.values)} of {len(record.boundaries)} chunks "
+                    "(early stopping of its own?); let the policy stop trials instead"
+                )
+        vector = record.last_vector
+        if not np.isfinite(vector).all():
+            raise ValueError(f"the last value is {vector[0] if len(vector) == 1 else list(vector)}")
+        assert isinstance(model, PeftModel)
+        training.save(arm, model, self.folder(arm.number) / "adapter")
+        arm.trial.set_user_attr("rapidfire:adapter", arm.record.adapter)
+        return Outcome("complete", vector, reason)
+
+    def _mend_base(self, arm: Arm) -> None:
+        """A trial wrote into the base: load it again, or end the search where that is not possible."""
+        if self.reload is None:
+            self.abort(RuntimeError(f"The search was ended by trial {arm.number}. {arm.record.error}"))
+        else:
+            self.base.restore(self.reload())
+
+    def _host(self) -> training.Host:
+        base = self.base
+
+        def take_base() -> bool:
+            taken, self._base_taken = self._base_taken, True
+            return not taken
+
+        def keep_base(measured: Measured | None) -> None:
+            if measured is None:
+                self._base_taken = False
+                return
+            self.keep_base(measured)
+            self.tell("base_evaluated", None, value=measured.value)
+
+        def submit(arm: Arm, request: Any) -> Any:
+            if not isinstance(request, Forward):  # whoever wrote to the base is still at work here
+                base.check(repair=True)
+            return self.conductor.submit(arm, request)
+
+        return training.Host(
+            submit=submit,
+            join=base.join,
+            part=base.part,
+            evaluator=self.evaluator,
+            chunks=self.chunks,
+            seed=self.seed,
+            tell=self.tell,
+            measure_base=take_base,
+            keep_base=keep_base,
+            check=base.check_arm,
+            folder=self.folder,
+            joint_head=base.multiplexer.head is not None,
+        )
