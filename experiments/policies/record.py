@@ -185,9 +185,10 @@ def main() -> None:
     for task in given.tasks:
         made, about["tasks"][task] = record(task, config)
         arrays |= made
-        with tempfile.NamedTemporaryFile(dir=given.out.parent, suffix=".npz", delete=False) as partial:
-            np.savez_compressed(partial, allow_pickle=False, **arrays)
-        Path(partial.name).replace(given.out)
+        partial = given.out.with_name(given.out.name + ".partial")
+        with partial.open("wb") as stream:
+            np.savez_compressed(stream, allow_pickle=False, **arrays)
+        partial.replace(given.out)
         about["load"]["after"] = provenance.load()
         about["tables_sha256"] = provenance.sha256(given.out)
         about["status"] = "complete" if task == given.tasks[-1] else "running"
