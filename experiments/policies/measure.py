@@ -14,10 +14,11 @@ Weights = NDArray[np.float64]
 
 
 def regret(finals: ArrayLike, selected: int | None) -> float:
-    """`(final of the selected - best) / (median - best)` over finite finals.
+    """`min(1, (final of the selected - best) / (median - best))` over finite finals.
 
-    0 is the best trial, 1 one that is no better than the median; also 1 where nothing was handed over or what was
-    handed over diverges when it is trained to its end. Where the median ties with the best, whatever is no best is 1.
+    0 is the best trial, 1 one that is no better than the median. It is capped there: finals go up to 1e19, and one
+    diverged trial would be the mean. Also 1 where nothing was handed over, where the final of what was handed over is
+    not finite, and, where the median ties with the best, for whatever is no best.
 
     >>> regret([1.0, 2.0, 3.0, 5.0, float("nan")], 1)
     0.6666666666666666
@@ -27,7 +28,7 @@ def regret(finals: ArrayLike, selected: int | None) -> float:
     if selected is None or not math.isfinite(values[selected]):
         return 1.0
     lost, scale = values[selected] - finite.min(), np.median(finite) - finite.min()
-    return 0.0 if lost == 0 else float(lost / scale) if scale > 0 else 1.0
+    return 0.0 if lost == 0 else float(min(1.0, lost / scale)) if scale > 0 else 1.0
 
 
 def is_best(finals: ArrayLike, selected: int | None) -> bool:

@@ -7,10 +7,11 @@
 A *table* is a recorded sweep (`tables.py`), a *cell* a table and a number of slots, a *setting* a policy or an Optuna
 pruner with its arguments. Each seed draws trials from a table and the order in which they come, the same for every
 setting and any number of slots; `replay` then searches as the executor would. Reported per cell and setting, as means
-over seeds: `regret`, (final value of the trial it hands over - best) / (median - best) over finite finals; `speedup`,
-all chunks / chunks used; `cost_speedup`, the same in tokens where they were recorded; `best`, the share of seeds that
-hand over the best trial. Intervals are 95% bootstrap intervals over seeds, paired: what is compared shares its draws.
-`Nop` has regret 0 and speed-up 1 in every draw, so a setting's own interval is that of its difference from `Nop`.
+over seeds: `regret`, (final value of the trial it hands over - best) / (median - best) over finite finals, at most 1;
+`speedup`, all chunks / chunks used; `cost_speedup`, the same in tokens where they were recorded; `best`, the share of
+seeds that hand over the best trial, and `lost`, of those that hand over one no better than the median.
+Intervals are 95% bootstrap intervals over seeds, paired: what is compared shares its draws. `Nop` has regret 0 and
+speed-up 1 in every draw, so a setting's own interval is that of its difference from `Nop`.
 
 A setting whose policy or argument does not exist is skipped, as is a table whose file is missing; both are listed in
 `results.json` with the reason. `figure.png` and the generated section of policies/README.md follow from it.
@@ -66,7 +67,7 @@ class Setting:
     @property
     def label(self) -> str:
         """Name and arguments."""
-        words = ", ".join(f"{name}={_word(value)}" for name, value in self.arguments.items())
+        words = ", ".join(_word(name, value) for name, value in self.arguments.items())
         return f"{self.name} ({words})" if words else self.name
 
     def build(self, chunks: int) -> Any:
@@ -99,10 +100,10 @@ def _build(source: str, what: str, arguments: Mapping[str, Any], chunks: int) ->
         raise ValueError(f"{what} cannot be built from {given}: {error}.") from error
 
 
-def _word(value: Any) -> str:
+def _word(name: str, value: Any) -> str:
     if isinstance(value, Mapping):
         return str(value["is"])
-    return "chunks" if value == "$chunks" else str(value)
+    return f"{name}={'chunks' if value == '$chunks' else value}"
 
 
 def settings_of(config: Mapping[str, Any]) -> list[Setting]:
@@ -268,6 +269,7 @@ def _columns(setting: Setting, outcomes: Sequence[Outcome | None], resampled: We
     }
     for name in ("regret", "speedup", "cost_speedup", "best"):
         entry[name] = [None if one is None else float(getattr(one, name).mean()) for one in outcomes]
+    entry["lost"] = [None if one is None else float((one.regret >= 1).mean()) for one in outcomes]
     for name in ("regret", "speedup"):
         both = [None if one is None else measure.interval(getattr(one, name), resampled) for one in outcomes]
         for side, which in enumerate(("low", "high")):

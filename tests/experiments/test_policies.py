@@ -76,8 +76,8 @@ settings = [{ wrapped_pruner = { is = "MedianPruner", n_startup_trials = 1 }, pa
 
 
 def test_regret_against_a_worked_table() -> None:
-    finals = [0.5, 0.9, 0.7, NAN, 1.5, 0.6]  # finite: best 0.5, median 0.7
-    assert [regret(finals, i) for i in (0, 2, 1)] == pytest.approx([0.0, 1.0, 2.0])
+    finals = [0.5, 0.9, 0.7, NAN, 1e19, 0.6]  # finite: best 0.5, median 0.7
+    assert [regret(finals, i) for i in (0, 2, 1, 4)] == pytest.approx([0.0, 1.0, 1.0, 1.0])
     assert regret(finals, 5) == pytest.approx(0.5)
     assert regret(finals, 3) == regret(finals, None) == 1.0
     assert [is_best(finals, i) for i in (0, 5, 3, None)] == [True, False, False, False]
@@ -217,7 +217,7 @@ def test_a_small_run(tmp_path: Path) -> None:
     by_label = {setting["label"]: setting for setting in results["settings"]}
     assert list(by_label) == [
         "Nop", "ASHA (reduction_factor=2)", "ASHA (reduction_factor=4)", "Median of running",
-        "Optuna Patient (wrapped_pruner=MedianPruner, patience=1)",
+        "Optuna Patient (MedianPruner, patience=1)",
     ]  # fmt: skip
     assert by_label["Nop"]["regret"] == [0.0] * 4
     assert by_label["Nop"]["speedup"] == by_label["Nop"]["cost_speedup"] == [1.0] * 4
@@ -254,6 +254,12 @@ def test_section_is_put_in_its_place(tmp_path: Path) -> None:
     means = group["settings"]["Median of running"]
     assert f"| Median of running | {means['regret']:.3f} / {means['speedup']:.1f}× |" in text
     assert "Not there" not in text
+    (speedup,) = [
+        one["settings"]["Optuna Patient (MedianPruner, patience=1)"]["speedup"]
+        for one in results["groups"]
+        if (one["group"], one["slots"]) == ("SFT loss", 0)
+    ]
+    assert f"a speed-up of at most {speedup:.1f}×" in text
     with pytest.raises(ValueError, match="must hold the lines"):
         write_section(tmp_path / "results.json", results)
 
