@@ -73,21 +73,23 @@ def keep_one(history: History, decisions: Mapping[int, Decision]) -> dict[int, D
 
 
 def wake_one(history: History, decisions: Mapping[int, Decision]) -> dict[int, Decision]:
-    """Resume one trial where everybody is paused, nobody is complete, and the decisions resume nobody.
+    """Resume one trial where everybody is paused, nobody is complete, and the decisions say PAUSE and resume nobody.
 
     Otherwise the search would end there with nothing to hand over. The trial is the finite one with the most chunks
     done, then the best last value, then the lowest number.
 
     >>> history = History((TrialHistory(0, (0.3,), TrialState.PAUSED), TrialHistory(1, (0.2,), TrialState.PAUSED)), 4)
-    >>> {number: str(decision.verdict) for number, decision in wake_one(history, {}).items()}
-    {1: 'continue'}
+    >>> decisions = wake_one(history, {0: Decision(Verdict.PAUSE, "waits"), 1: Decision(Verdict.PAUSE, "waits")})
+    >>> {number: str(decision.verdict) for number, decision in decisions.items()}
+    {0: 'pause', 1: 'continue'}
     """
     kept = dict(decisions)
     finite = [trial for trial in history.trials if is_finite(trial)]
     going = (Verdict.CONTINUE, Verdict.COMPLETE)
     if history.running or any(trial.state is TrialState.COMPLETE for trial in finite):
         return kept
-    if any(trial.number in kept and kept[trial.number].verdict in going for trial in history.paused):
+    said = [kept[trial.number].verdict for trial in history.paused if trial.number in kept]
+    if Verdict.PAUSE not in said or any(verdict in going for verdict in said):
         return kept
     paused = [trial for trial in finite if trial.state is TrialState.PAUSED and survives(trial, kept)]
     if paused:
