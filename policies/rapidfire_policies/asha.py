@@ -74,8 +74,7 @@ class ASHA(Policy):
             rung: top_fraction(values_at(history, rung), self.reduction_factor)
             for rung in {trial.resource for trial in history.running}.intersection(ladder)
         }
-        live = sorted((trial for trial in history.trials if trial.is_live), key=lambda trial: trial.number)
-        return keep_one(history, {trial.number: _judge(trial, cuts, ladder) for trial in live})
+        return keep_one(history, {trial.number: _judge(trial, cuts, ladder) for trial in history.live})
 
 
 def _judge(trial: TrialHistory, cuts: Mapping[int, Cut], ladder: tuple[int, ...]) -> Decision:

@@ -51,7 +51,7 @@ def rungs(min_resource: int, reduction_factor: int, chunks: int) -> tuple[int, .
 
 def values_at(history: History, rung: int) -> dict[int, float]:
     """The value each trial recorded at a rung, by trial number, whatever became of the trial since."""
-    return {trial.number: trial.values[rung - 1] for trial in history.trials if trial.resource >= rung}
+    return {trial.number: trial.values[rung - 1] for trial in history.trials if len(trial.values) >= rung}
 
 
 @dataclass(frozen=True)
@@ -95,7 +95,9 @@ def top_fraction(values: Mapping[int, float], reduction_factor: int) -> Cut:
     """
     if not values:
         raise ValueError("`values` must hold at least one value, got none.")
-    ranking = sorted(values, key=lambda number: rank_key(values[number], number))
+    # The order of `rank_key`, without its cost for each of thousands of trials.
+    ranking = [n for _, n in sorted((value, number) for number, value in values.items() if math.isfinite(value))]
+    ranking += sorted(number for number, value in values.items() if not math.isfinite(value))
     keep = max(1, len(ranking) // reduction_factor)
     ranks = {number: rank for rank, number in enumerate(ranking, start=1)}
     return Cut(ranks=ranks, keep=keep, value=values[ranking[keep - 1]])

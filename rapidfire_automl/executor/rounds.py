@@ -9,7 +9,7 @@ import numpy as np
 import optuna
 
 from rapidfire_automl.executor.arm import Arm
-from rapidfire_automl.histories import CHUNKS_ATTR, history_from_study
+from rapidfire_automl.histories import CHUNKS_ATTR, COST_ATTR, history_from_study
 from rapidfire_automl.pruners import PolicyPruner
 from rapidfire_automl.records import TrialRecord
 from rapidfire_policies.base import Decision, History, Policy, TrialHistory, TrialState, Verdict
@@ -71,6 +71,8 @@ class Referee:
         record.scores.append(np.asarray(request.scores, dtype=np.float64))
         record.seconds.append(arm.chunk_seconds)
         record.tokens.append(arm.chunk_tokens)
+        if len(record.values) == 1:
+            arm.trial.set_user_attr(COST_ATTR, arm.chunk_tokens)
         self._tell("chunk_done", arm, value=request.value, seconds=arm.chunk_seconds, tokens=arm.chunk_tokens)
         arm.chunk_seconds, arm.chunk_tokens = 0.0, 0
 
