@@ -173,9 +173,9 @@ class Replay:
         elif self._alive:
             self._wake_or_end()
 
-    def run(self) -> ReplayResult:
-        """Go on to the end."""
-        while not self.done:
+    def run(self, budget: float = math.inf) -> ReplayResult:
+        """Go on to the end, or until so much is spent; a round that is begun is finished."""
+        while not self.done and self._spent < budget:
             self.round()
         return self.result()
 
@@ -330,6 +330,7 @@ def replay(
     params: Sequence[Mapping[str, Any]] | None = None,
     n_trials: int | None = None,
     max_alive: int | None = None,
+    budget: float | None = None,
 ) -> ReplayResult:
     """Search over recorded curves as the executor would have searched.
 
@@ -347,6 +348,8 @@ def replay(
         n_trials: Trials that come, all by default.
         max_alive: Most trials that live at a time, paused ones included; no limit by default. The executor's default
             is twice `slots`.
+        budget: In the unit of `costs`: no round begins once so much is spent. Who lives then is neither stopped nor
+            complete. No limit by default.
 
     Raises:
         ValueError: Shapes that do not fit, no trial or no chunk, `slots` below 1, a negative seed or cost, what is no
@@ -364,6 +367,8 @@ def replay(
     for name, number in (("slots", slots), ("n_trials", n_trials), ("max_alive", max_alive)):
         if number is not None and (isinstance(number, bool) or not isinstance(number, (int, np.integer)) or number < 1):
             raise ValueError(f"`{name}` must be an integer >= 1, got {number!r}.")
+    if budget is not None and not budget > 0:
+        raise ValueError(f"`budget` must be > 0, got {budget!r}.")
     if isinstance(seed, bool) or not isinstance(seed, (int, np.integer)) or seed < 0:
         raise ValueError(f"`seed` must be an integer >= 0, got {seed!r}.")
     cost = np.ones(table.shape) if costs is None else _costs(costs, table.shape)
@@ -387,7 +392,7 @@ def replay(
         source = mirror.next_row
         judge = policy.decide if isinstance(policy, Policy) else mirror.judge
     engine = Replay(table, judge, int(slots), source, cost, per_example, params or (), max_alive, mirror)
-    return engine.run()
+    return engine.run(math.inf if budget is None else budget)
 
 
 class _InOrder:

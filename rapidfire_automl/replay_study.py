@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from numbers import Integral, Real
 from typing import Any
 
@@ -14,6 +13,7 @@ from optuna.distributions import BaseDistribution, CategoricalDistribution, Floa
 from optuna.trial import FrozenTrial
 from optuna.trial import TrialState as OptunaState
 
+from rapidfire_automl.cubes import Cube
 from rapidfire_automl.histories import COST_ATTR
 from rapidfire_policies.base import Decision, History, TrialHistory, TrialState, Verdict
 
@@ -84,7 +84,7 @@ class StudyMirror:
 class RowSampler(optuna.samplers.BaseSampler):
     """Snaps a sampler's proposals to the nearest recorded configuration that has not come yet.
 
-    Distances are Euclidean in the unit cube (logarithmic where the range is); choices that differ count 1.
+    Distances are Euclidean in the unit cube (`rapidfire_automl.cubes`); choices that differ count 1.
 
     Args:
         sampler: The sampler; None takes the rows as they come.
@@ -101,7 +101,8 @@ class RowSampler(optuna.samplers.BaseSampler):
         self._params = params
         self._order = order
         self._free = np.ones(len(order), dtype=bool)
-        self._table = _unit_table(params, self.space)
+        self._cube = Cube(self.space)
+        self._table = self._columns(params)
 
     def infer_relative_search_space(self, study: optuna.Study, trial: FrozenTrial) -> dict[str, BaseDistribution]:
         """The whole space: a row is taken as a whole."""
@@ -141,10 +142,12 @@ class RowSampler(optuna.samplers.BaseSampler):
         for name, distribution in self.space.items():
             if name not in point:
                 point[name] = self._inner.sample_independent(study, trial, name, distribution)
-        target = np.concatenate([_unit(d, [point[name]])[0] for name, d in self.space.items()])
-        distance = ((self._table - target) ** 2).sum(1)
+        distance = ((self._table - self._columns([point])) ** 2).sum(1)
         distance[~self._free] = np.inf
         return int(distance.argmin())
+
+    def _columns(self, rows: Sequence[Mapping[str, Any]]) -> NDArray[np.float64]:
+        return self._cube.columns(self._cube.encode(rows))
 
 
 def space_of(params: Sequence[Mapping[str, Any]]) -> dict[str, BaseDistribution]:
@@ -180,23 +183,6 @@ def space_of(params: Sequence[Mapping[str, Any]]) -> dict[str, BaseDistribution]
         else:
             space[name] = CategoricalDistribution(sorted(set(values), key=repr))
     return space
-
-
-def _unit_table(params: Sequence[Mapping[str, Any]], space: Mapping[str, BaseDistribution]) -> NDArray[np.float64]:
-    columns = [_unit(distribution, [row[name] for row in params]) for name, distribution in space.items()]
-    return np.concatenate(columns, axis=1) if columns else np.zeros((len(params), 0))
-
-
-def _unit(distribution: BaseDistribution, values: Iterable[Any]) -> NDArray[np.float64]:
-    """`(values, columns)` in [0, 1]; a choice is a one-hot row of height `sqrt(1/2)`."""
-    if isinstance(distribution, CategoricalDistribution):
-        codes = [distribution.choices.index(value) for value in values]
-        return math.sqrt(0.5) * np.eye(len(distribution.choices))[codes]
-    assert isinstance(distribution, (FloatDistribution, IntDistribution))
-    transform = np.log if distribution.log else np.asarray
-    low, high = transform(float(distribution.low)), transform(float(distribution.high))
-    column: NDArray[np.float64] = (transform(np.array([float(v) for v in values])) - low) / (high - low)
-    return column[:, None]
 
 
 def _quiet_study(sampler: optuna.samplers.BaseSampler, pruner: optuna.pruners.BasePruner | None) -> optuna.Study:

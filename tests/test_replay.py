@@ -256,6 +256,15 @@ def test_clock_cost_and_incumbent() -> None:
     assert result.resource.tolist() == [3, 3, 1]
 
 
+def test_no_round_begins_once_the_budget_is_spent() -> None:
+    table = np.array([[3.0, 2.0, 1.0], [1.0, 0.9, 0.8], [0.1, 0.1, 0.1]])
+    result = replay(table, Nop(), slots=2, costs=[1.0, 0.5, 9.0], budget=2.5)
+    assert (result.chunks, result.cost) == (4, 3.0)
+    assert result.resource.tolist() == [2, 2, 0]
+    assert result.stopped == result.complete == frozenset()
+    assert result.selected == 1
+
+
 @pytest.mark.parametrize(
     ("table", "running", "selected"),
     [
@@ -441,6 +450,8 @@ def test_constant_parameters_leave_nothing_to_sample(policy: Policy) -> None:
         ({"slots": True}, "`slots` must be an integer >= 1, got True"),
         ({"n_trials": 0}, "`n_trials` must be an integer >= 1, got 0"),
         ({"max_alive": 0}, "`max_alive` must be an integer >= 1, got 0"),
+        ({"budget": 0.0}, "`budget` must be > 0, got 0.0"),
+        ({"budget": math.nan}, "`budget` must be > 0, got nan"),
         ({"seed": -1}, "`seed` must be an integer >= 0, got -1"),
         ({"seed": None}, "`seed` must be an integer >= 0, got None"),
         ({"scores": np.zeros((3, 2))}, r"`scores` must have the axes \(trials, chunks, examples\)"),
