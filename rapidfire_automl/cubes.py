@@ -22,6 +22,10 @@ class Cube:
     Args:
         space: Float, integer and categorical distributions by name.
 
+    Attributes:
+        is_choice: `(parameters,)`.
+        counts: `(parameters,)`, how many values there are with an equal share each; 0 for all others.
+
     Raises:
         ValueError: A distribution of another kind.
 
@@ -37,6 +41,8 @@ class Cube:
             if not isinstance(distribution, (FloatDistribution, IntDistribution, CategoricalDistribution)):
                 raise ValueError(f"`{name}` must be a float, an integer or a choice, got {distribution!r}.")
         self.space = dict(space)
+        self.is_choice = np.array([isinstance(d, CategoricalDistribution) for d in space.values()], dtype=bool)
+        self.counts = np.array([_count(d) or 0 for d in space.values()], dtype=np.int64)
 
     def encode(self, rows: Sequence[Mapping[str, Any]]) -> Floats:
         """Positions of configurations, `(rows, parameters)`; what lies outside of its range is moved to its edge."""
@@ -47,30 +53,34 @@ class Cube:
         """The configuration at a position `(parameters,)`."""
         return {name: _value(d, float(u)) for (name, d), u in zip(self.space.items(), position, strict=True)}
 
+    def snapped(self, positions: Floats) -> Floats:
+        """The positions of the values at positions `(positions, parameters)`: the middles of their intervals."""
+        count = np.maximum(self.counts, 1)
+        middles = (np.minimum(np.floor(positions * count), count - 1) + 0.5) / count
+        return np.where(self.counts > 0, middles, positions)
+
     def columns(self, positions: Floats) -> Floats:
         """What distances are measured between, `(positions, columns)`.
 
         A number is its position, a choice one-hot with height `sqrt(1/2)`: two choices that differ are 1 apart.
 
         Args:
-            positions: `(positions, parameters)`.
+            positions: `(positions, parameters)`, of values.
         """
-        blocks = []
-        for index, distribution in enumerate(self.space.values()):
-            u = positions[:, index]
-            if isinstance(distribution, CategoricalDistribution):
-                count = len(distribution.choices)
-                blocks.append(math.sqrt(0.5) * np.eye(count)[np.minimum((u * count).astype(int), count - 1)])
+        blocks = [np.zeros((len(positions), 0))]
+        for column, is_choice, count in zip(positions.T, self.is_choice, self.counts, strict=True):
+            if is_choice:
+                blocks.append(math.sqrt(0.5) * np.eye(count)[(column * count).astype(int)])
             else:
-                count = _count(distribution)
-                if count is not None:
-                    u = (np.minimum(np.floor(u * count), count - 1) + 0.5) / count
-                blocks.append(u[:, None])
-        return np.concatenate(blocks, axis=1) if blocks else np.zeros((len(positions), 0))
+                blocks.append(column[:, None])
+        return np.concatenate(blocks, axis=1)
 
 
-def _count(distribution: FloatDistribution | IntDistribution) -> int | None:
-    """How many values there are, equally far from each other; None for a continuum and on a logarithmic scale."""
+def _count(distribution: BaseDistribution) -> int | None:
+    """How many values there are, equal in their shares; None for a continuum and on a logarithmic scale."""
+    if isinstance(distribution, CategoricalDistribution):
+        return len(distribution.choices)
+    assert isinstance(distribution, (FloatDistribution, IntDistribution))
     if distribution.log or distribution.step is None:
         return None
     return round((distribution.high - distribution.low) / distribution.step) + 1

@@ -15,23 +15,22 @@ from optuna.distributions import BaseDistribution
 from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial
 from optuna.trial import TrialState as OptunaState
-from scipy.special import log_ndtr, ndtri
 
 from rapidfire_automl.cubes import Cube
-from rapidfire_automl.gaussian import GaussianProcess
 from rapidfire_automl.histories import COST_ATTR
+from rapidfire_automl.parzen import Parzen
 
 Floats = NDArray[np.float64]
 
-_POINTS = 128
-"""Trials the surrogate is fitted to at most: the better half are the best, the others are spread over the rest."""
-_CANDIDATES = 768
-_LEADERS = 5
-"""Trials around which half of the candidates lie."""
+_GOOD = 0.1
+"""Share of the trials that count as good,"""
+_LEAST_GOOD, _MOST_GOOD = 3, 25
+"""but no fewer and no more than these."""
+_CANDIDATES = 48
 
 
 class ChunkSampler(optuna.samplers.BaseSampler):
-    """Propose what probably improves most, learning from every chunk that any trial has done.
+    """Propose what is most typical of good trials, learning from every chunk that any trial has done.
 
     Stock samplers learn from finished trials (`TPESampler` from pruned ones too): as long as all trials run, they draw
     at random. Here two trials are compared after equally many chunks, at the last one that both have done. Let `v_i(k)`
@@ -41,15 +40,17 @@ class ChunkSampler(optuna.samplers.BaseSampler):
 
         s_i = 1 / (n - 1)  sum over j != i of  [v_i(m) < v_j(m)] + 1/2 [v_i(m) = v_j(m)],      m = min(r_i, r_j)
 
-    so that a trial that goes on after a chunk at which others were stopped for being worse stays ahead of them. A
-    Gaussian process (`rapidfire_automl.gaussian`) is fitted to the normal scores
+    so that a trial that goes on after a chunk at which others were stopped for being worse stays ahead of them. With
+    `g` the density of the `min(25, max(3, ceil(n / 10)))` trials with the highest scores and `b` that of the others
+    (`rapidfire_automl.parzen`), the proposal is, of 48 candidates drawn from `g` and a few from anywhere, the one with
+    the greatest
 
-        y_i = Phi^-1((s_i (n - 1) + 1/2) / n),      noise variance  a + b (1 / r_i - 1 / max r)
+        g(x) / (b(x) cost(x))
 
-    and the proposal is the candidate with the greatest expected improvement over the best fitted mean. Trials that were
-    asked for and have no value yet count as observed at their expected score, so that proposals made together differ.
-    Where trials' first chunks cost different amounts (the attribute "rapidfire:chunk_cost", written by the executor in
-    tokens), it is expected improvement per cost, with a second process for the logarithm of the cost.
+    which grows with the expected improvement per cost. Trials that were asked for and have no value yet count among the
+    others, so that proposals made together differ. `cost(x)` is the mean of what the trials' first chunks cost (the
+    attribute "rapidfire:chunk_cost", written by the executor in tokens), weighted by their nearness to `x`, of
+    logarithms; 1 where the costs are unknown.
 
     Parameters that all trials have in common are proposed together; those that only some have (conditional ones) each
     by the same rule on their own. Until `n_startup_trials` trials have a value, the values of each parameter are drawn
@@ -60,7 +61,7 @@ class ChunkSampler(optuna.samplers.BaseSampler):
 
     Args:
         seed: Of all draws.
-        n_startup_trials: Trials with a value before the model is asked.
+        n_startup_trials: Trials with a value before the densities are asked.
         cost_aware: Whether to divide by the cost that is expected.
 
     Raises:
@@ -69,20 +70,21 @@ class ChunkSampler(optuna.samplers.BaseSampler):
     NaN, inf and -inf are worse than every finite value and equal to each other. A FAILED trial counts with what it has
     reported, or not at all. A COMPLETE trial's last value is the one it was told with.
 
-    What breaks it: curves that cross late (a score can only be as good as the early chunks), and thousands of
-    irrelevant parameters. Without reports it is a Gaussian process on ranks, like any other.
+    What breaks it: curves that cross late, since a score can only be as good as the chunks done; a good region that is
+    narrow in many parameters at once; and, under policies that compare with all past trials, its own success: better
+    proposals survive longer, so that fewer of them fit into a budget.
 
-    Papers: Snoek et al., Practical Bayesian Optimization, 2012 (https://arxiv.org/abs/1206.2944), for improvement per
-    second; Swersky et al., Freeze-Thaw, 2014 (https://arxiv.org/abs/1406.3896), for learning from curves; Salinas et
-    al., 2020 (https://arxiv.org/abs/1909.13595), for normal scores.
+    Papers: Bergstra et al., Algorithms for Hyper-Parameter Optimization, 2011, for the ratio of densities; Falkner et
+    al., BOHB, 2018 (https://arxiv.org/abs/1807.01774), for densities of partly trained configurations, there of one
+    resource at a time.
 
     >>> import optuna
-    >>> study = optuna.create_study(sampler=ChunkSampler(seed=0, n_startup_trials=4))
+    >>> study = optuna.create_study(sampler=ChunkSampler(seed=0))
     >>> space = {"x": optuna.distributions.FloatDistribution(0.0, 1.0)}
     >>> running = [study.ask(space) for _ in range(8)]
     >>> for trial in running:  # a chunk each; nobody has finished
     ...     trial.report((trial.params["x"] - 0.3) ** 2, step=1)
-    >>> abs(study.ask(space).params["x"] - 0.3) < 0.1
+    >>> abs(study.ask(space).params["x"] - 0.3) < 0.15
     True
     """
 
@@ -93,8 +95,6 @@ class ChunkSampler(optuna.samplers.BaseSampler):
         self.seed = seed
         self.n_startup_trials = n_startup_trials
         self.cost_aware = cost_aware
-        # What was fitted last, beside what it was fitted to: those who are asked for together need one fit.
-        self._fitted: tuple[bytes, GaussianProcess, GaussianProcess | None] | None = None
 
     def __repr__(self) -> str:
         arguments = f"seed={self.seed}, n_startup_trials={self.n_startup_trials}, cost_aware={self.cost_aware}"
@@ -140,41 +140,30 @@ class ChunkSampler(optuna.samplers.BaseSampler):
         if not space or len(scored) < self.n_startup_trials:
             return None
         cube = Cube(space)
+        waiting = [other.params for other in _waiting(study, trial.number) if _fits(other, space)]
         positions = cube.encode([seen.trial.params for seen in scored])
         scores = chunk_scores([seen.values for seen in scored])
-        process, costs = self._fit(cube.columns(positions), scores, scored)
-        waiting = [other.params for other in _waiting(study, trial.number) if _fits(other, space)]
-        process = process.believing(cube.columns(cube.encode(waiting)))
-        candidates = _candidates(positions, scores, rng)
-        columns = cube.columns(candidates)
-        merit = _log_improvement(process, columns)
-        if costs is not None:
-            merit = merit - costs.predict(columns)[0]
+        ranking = np.argsort(-scores, kind="stable")
+        count = min(_MOST_GOOD, max(_LEAST_GOOD, math.ceil(_GOOD * len(scored))))
+        good = Parzen(positions[ranking[:count]], cube)
+        bad = Parzen(np.concatenate([positions[ranking[count:]], cube.encode(waiting)]), cube)
+        anywhere = rng.random((max(4, _CANDIDATES // (count + 1)), positions.shape[1]))
+        candidates = cube.snapped(np.concatenate([good.draw(_CANDIDATES, rng), anywhere]))
+        merit = good.log_density(candidates) - bad.log_density(candidates)
+        if self.cost_aware:
+            merit -= _log_cost(candidates, positions, np.array([seen.cost for seen in scored]), cube)
         return cube.decode(candidates[int(merit.argmax())])
 
-    def _fit(
-        self, columns: Floats, scores: Floats, scored: Sequence[_Scored]
-    ) -> tuple[GaussianProcess, GaussianProcess | None]:
-        resource = np.array([len(seen.values) for seen in scored], dtype=np.float64)
-        cost = np.array([seen.cost for seen in scored])
-        key = b"".join(array.tobytes() for array in (columns, scores, resource, cost))
-        fitted = self._fitted
-        if fitted is None or fitted[0] != key:
-            n = len(scores)
-            chosen = _spread(scores)
-            normal = ndtri((scores * (n - 1) + 0.5) / n)[chosen]
-            doubt = (1 / resource - 1 / resource.max())[chosen]
-            process = GaussianProcess(columns[chosen], normal, doubt)
-            costs = self._fit_costs(columns[chosen], cost[chosen])
-            fitted = self._fitted = (key, process, costs)
-        return fitted[1], fitted[2]
 
-    def _fit_costs(self, columns: Floats, cost: Floats) -> GaussianProcess | None:
-        """The process for the logarithm of a chunk's cost; None where costs are unknown or alike."""
-        known = cost > 0
-        if not self.cost_aware or known.sum() < 2 or cost[known].max() < 1.05 * cost[known].min():
-            return None
-        return GaussianProcess(columns[known], np.log(cost[known]), np.zeros(int(known.sum())))
+def _log_cost(candidates: Floats, positions: Floats, cost: Floats, cube: Cube) -> Floats:
+    """The expected logarithm of a chunk's cost, `(candidates,)`; 0 where costs are unknown or alike."""
+    known = cost > 0
+    if not known.any() or cost[known].max() < 1.05 * cost[known].min():
+        return np.zeros(len(candidates))
+    logs = np.log(cost[known])
+    weights = Parzen(positions[known], cube).nearness(candidates)
+    expected: Floats = (weights @ logs + logs.mean()) / (weights.sum(1) + 1.0)
+    return expected
 
 
 @dataclass(frozen=True)
@@ -238,41 +227,5 @@ def chunk_scores(curves: Sequence[Sequence[float]]) -> Floats:
 def _beaten(values: Floats, others: Floats) -> Floats:
     """How many of the others are greater than each value, ties count half."""
     ranked = np.sort(others)
-    left, right = (np.searchsorted(ranked, values, side) for side in ("left", "right"))
-    beaten: Floats = len(ranked) - 0.5 * (left + right)
-    return beaten
-
-
-def _spread(scores: Floats) -> NDArray[np.intp]:
-    """Which trials the process is fitted to: all, or the best and some of the rest, evenly by rank."""
-    ranking = np.argsort(-scores, kind="stable")
-    if len(ranking) <= _POINTS:
-        return np.arange(len(ranking))
-    best, rest = ranking[: _POINTS // 2], ranking[_POINTS // 2 :]
-    return np.concatenate([best, rest[np.linspace(0, len(rest) - 1, _POINTS - len(best)).astype(int)]])
-
-
-def _candidates(positions: Floats, scores: Floats, rng: np.random.Generator) -> Floats:
-    """Half anywhere, half around the leaders at all distances, `(candidates, parameters)`."""
-    parameters = positions.shape[1]
-    half = _CANDIDATES // 2
-    leaders = np.argsort(-scores, kind="stable")[:_LEADERS]
-    centre = positions[rng.choice(leaders, half)]
-    reach = 10.0 ** rng.uniform(-2.0, -0.3, (half, 1))
-    moved = rng.random((half, parameters)) < max(0.5, 2.0 / parameters)
-    near = centre + np.where(moved, reach * rng.standard_normal((half, parameters)), 0.0)
-    return np.concatenate([rng.random((half, parameters)), np.clip(near, 0.0, 1.0)])
-
-
-def _log_improvement(process: GaussianProcess, columns: Floats) -> Floats:
-    """The logarithm of the expected improvement over the best fitted mean, `(points,)`."""
-    mean, deviation = process.predict(columns)
-    z = (mean - process.best) / deviation
-    # Far below the best the improvement is phi(z) / z^2, and the difference would be rounding error.
-    far = np.minimum(z, -5.0)
-    tail = -0.5 * far**2 - 0.5 * math.log(2 * math.pi) - 2.0 * np.log(-far)
-    near = np.maximum(z, -5.0)
-    density = np.exp(-0.5 * near**2) / math.sqrt(2 * math.pi)
-    improvement = np.log(np.maximum(near * np.exp(log_ndtr(near)) + density, 1e-300))
-    logged: Floats = np.log(deviation) + np.where(z < -5.0, tail, improvement)
-    return logged
+    left, right = np.searchsorted(ranked, values, "left"), np.searchsorted(ranked, values, "right")
+    return np.asarray(len(ranked) - 0.5 * (left + right), dtype=np.float64)

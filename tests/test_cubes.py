@@ -47,7 +47,7 @@ def test_columns() -> None:
     cube = Cube(
         {"r": IntDistribution(1, 4), "x": FloatDistribution(0.0, 1.0), "c": CategoricalDistribution(("a", "b"))}
     )
-    columns = cube.columns(np.array([[0.0, 0.3, 0.1], [0.2, 0.3, 0.9], [0.3, 0.3, 0.9]]))
+    columns = cube.columns(cube.snapped(np.array([[0.0, 0.3, 0.1], [0.2, 0.3, 1.0], [0.3, 0.3, 0.9]])))
     half = 0.5**0.5
     assert columns.tolist() == [[0.125, 0.3, half, 0.0], [0.125, 0.3, 0.0, half], [0.375, 0.3, 0.0, half]]
     assert Cube({}).columns(np.zeros((2, 0))).shape == (2, 0)
