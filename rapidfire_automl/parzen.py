@@ -6,7 +6,7 @@ import math
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.special import logsumexp, ndtr, ndtri
+from scipy.special import logsumexp, ndtr
 
 from rapidfire_automl.cubes import Cube
 
@@ -43,7 +43,7 @@ class Parzen:
         least = np.maximum(_NARROWEST, np.where(cube.counts > 0, 0.5 / np.maximum(cube.counts, 1), 0.0))
         self._width = np.clip(spread * power, least, _WIDEST)
         self._leave = 0.5 * power
-        self._low, self._high = ndtr(-points / self._width), ndtr((1.0 - points) / self._width)
+        self._mass = self._width * (ndtr((1.0 - points) / self._width) - ndtr(-points / self._width))
 
     def log_density(self, at: Floats) -> Floats:
         """The logarithm of the density, `(positions,)`.
@@ -61,19 +61,21 @@ class Parzen:
         return near
 
     def draw(self, count: int, rng: np.random.Generator) -> Floats:
-        """Positions drawn from the points' kernels, `(count, parameters)`; needs a point."""
+        """Positions around the points, `(count, parameters)`; needs a point.
+
+        A number is drawn from its kernel before the cut, and anywhere in [0, 1] if that falls outside: near an edge and
+        where little is known, there is more to explore than the density says.
+        """
         which = rng.integers(len(self._points), size=count)
         centre = self._points[which]
-        u = rng.random(centre.shape)
-        inside = self._low[which] + u * (self._high[which] - self._low[which])
-        moved = np.clip(centre + self._width * ndtri(inside), 0.0, 1.0)
-        left = rng.random(centre.shape) < self._leave
-        return np.where(self._is_choice, np.where(left, u, centre), moved)
+        moved = centre + self._width * rng.standard_normal(centre.shape)
+        anywhere, left = rng.random(centre.shape), rng.random(centre.shape) < self._leave
+        moved = np.where((moved < 0.0) | (moved > 1.0), anywhere, moved)
+        return np.where(self._is_choice, np.where(left, anywhere, centre), moved)
 
     def _log_kernels(self, at: Floats) -> Floats:
         distance = (at[:, None] - self._points[None]) / self._width
-        mass = self._width * math.sqrt(2 * math.pi) * (self._high - self._low)
-        number = -0.5 * distance**2 - np.log(mass)
+        number = -0.5 * distance**2 - np.log(math.sqrt(2 * math.pi) * self._mass)
         same = np.floor(at * self._choices)[:, None] == np.floor(self._points * self._choices)[None]
         choice = np.log(np.where(same, self._choices * (1.0 - self._leave), 0.0) + self._leave)
         kernels: Floats = np.where(self._is_choice, choice, number).sum(-1)
