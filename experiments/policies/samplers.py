@@ -65,13 +65,13 @@ def make(name: str, seed: int) -> optuna.samplers.BaseSampler:
         return optuna.samplers.RandomSampler(seed=seed)
     if name == "tpe":
         return optuna.samplers.TPESampler(seed=seed)
-    if name == "tpe-liar":
-        return optuna.samplers.TPESampler(seed=seed, constant_liar=True)
+    if name == "tpe-no-liar":
+        return optuna.samplers.TPESampler(seed=seed, constant_liar=False)
     if name == "gp":
         return optuna.samplers.GPSampler(seed=seed)
     if name == "chunk":
         return ChunkSampler(seed=seed)
-    raise ValueError(f"`samplers` must be some of random, tpe, tpe-liar, gp, chunk, got {name!r}.")
+    raise ValueError(f"`samplers` must be some of random, tpe, tpe-no-liar, gp, chunk, got {name!r}.")
 
 
 def tables(group: Mapping[str, Any], folder: Path) -> list[Table]:

@@ -18,8 +18,8 @@ from rapidfire_automl.drawing import BEST, FAINT, INK, MUTED  # noqa: E402
 
 LINES = {
     "random": ("RandomSampler", "#9aa5b1"),
-    "tpe": ("TPESampler", "#1c7ed6"),
-    "tpe-liar": ("TPESampler, constant_liar", "#0b7285"),
+    "tpe": ("TPESampler (with constant_liar)", "#1c7ed6"),
+    "tpe-no-liar": ("TPESampler, constant_liar=False", "#0b7285"),
     "gp": ("GPSampler", "#6741d9"),
     "chunk": ("ChunkSampler (ours)", BEST),
 }

@@ -40,7 +40,7 @@ def test_differences_are_paired_by_table_and_seed() -> None:
 
 
 def test_unknown_samplers_are_refused() -> None:
-    with pytest.raises(ValueError, match="`samplers` must be some of random, tpe, tpe-liar, gp, chunk, got 'grid'"):
+    with pytest.raises(ValueError, match="`samplers` must be some of random, tpe, tpe-no-liar, gp, chunk, got 'grid'"):
         make("grid", 0)
 
 
