@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from rapidfire_automl.plan import Plan
     from rapidfire_automl.pruners import PolicyPruner
     from rapidfire_automl.replay import replay as replay
+    from rapidfire_automl.samplers import ChunkSampler
     from rapidfire_automl.search import SearchResult, run_search
     from rapidfire_automl.space import List, Range
 
@@ -24,6 +25,7 @@ __version__ = "0.1.0.dev0"
 
 _MODULES = {
     "AutoML": "automl",
+    "ChunkSampler": "samplers",
     "Event": "events",
     "Experiment": "experiment",
     "List": "space",
@@ -45,6 +47,7 @@ _MODULES = {
 
 __all__ = [
     "AutoML",
+    "ChunkSampler",
     "Event",
     "Experiment",
     "List",

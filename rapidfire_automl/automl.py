@@ -27,7 +27,7 @@ class AutoML:
         space: An `RFModelConfig` (its `model_name` may be left out), or a dict of fields of TRL's config and of
             `LoraConfig` with `List` and `Range` in it: `{"learning_rate": Range(1e-5, 1e-2), "r": List([4, 8])}`.
             Keys `training_args`, `peft_config` and other fields of `RFModelConfig` are taken as such.
-        sampler: "tpe", "random", "cmaes", "gp", "qmc", "grid", or any Optuna sampler.
+        sampler: "tpe", "random", "cmaes", "gp", "qmc", "chunk", "grid", or any Optuna sampler.
         policy: "asha", another policy, an Optuna pruner, or None to train every trial to its end.
         slots: Trials that train at a time.
         chunks: Verdicts a trial.

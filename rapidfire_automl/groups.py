@@ -198,7 +198,7 @@ class RFOptuna(ConfigGroup):
         n_initial: Trials at a time, as RapidFire AI names it; by default the experiment's `slots`.
         budget: Trials in all. Every trial that ends, pruned or not, makes room for the next.
         objective: "minimize:eval_loss", "maximize:rougeL", ...: direction and metric in one, as RapidFire AI writes it.
-        sampler: "tpe", "random", "cmaes", "gp", "qmc", or any Optuna sampler.
+        sampler: "tpe", "random", "cmaes", "gp", "qmc", "chunk", or any Optuna sampler.
         pruner: "asha", "median", None, a policy, or any Optuna pruner.
         seed: Of the sampler.
         granularity: Accepted for RapidFire AI's sake; verdicts fall after every chunk.

@@ -13,6 +13,8 @@ from rapidfire_policies import History, TrialHistory, TrialState
 
 CHUNKS_ATTR = "rapidfire:chunks"
 """The study attribute that holds the chunks of a whole trial."""
+COST_ATTR = "rapidfire:chunk_cost"
+"""The trial attribute that holds what its first chunk cost: in the executor its tokens, which no clock falsifies."""
 
 _STATES = {
     OptunaState.RUNNING: TrialState.RUNNING,

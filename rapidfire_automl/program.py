@@ -22,6 +22,7 @@ from rapidfire_automl.data import check_files, load_data
 from rapidfire_automl.events import Listener
 from rapidfire_automl.fields import TRAINERS, check_fields
 from rapidfire_automl.hints import unknown
+from rapidfire_automl.samplers import ChunkSampler
 from rapidfire_automl.search import SearchResult, run_search
 from rapidfire_automl.settings import Plugin, Settings, SettingsError
 from rapidfire_automl.space import Space
@@ -212,10 +213,12 @@ def build_sampler(settings: Settings) -> optuna.samplers.BaseSampler:
         return optuna.samplers.RandomSampler(seed=settings.search.seed)
     if ":" in plugin.name:
         cls = _load(plugin.name, "search.sampler")
+    elif plugin.name == "chunk":
+        cls = ChunkSampler
     elif plugin.name in _SAMPLERS:
         cls = getattr(optuna.samplers, _SAMPLERS[plugin.name])
     else:
-        raise SettingsError(_no_such("search.sampler", plugin.name, [*_SAMPLERS, "grid"]))
+        raise SettingsError(_no_such("search.sampler", plugin.name, [*_SAMPLERS, "chunk", "grid"]))
     sampler: optuna.samplers.BaseSampler
     sampler = _build(plugin, cls, "search.sampler", optuna.samplers.BaseSampler, settings.search.seed)
     return sampler

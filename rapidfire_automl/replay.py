@@ -23,6 +23,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from rapidfire_policies.base import Decision, History, Policy, TrialHistory, TrialState, Verdict
+from rapidfire_policies.survivors import is_finite
 
 if TYPE_CHECKING:
     import optuna
@@ -100,7 +101,7 @@ def hold_last(curves: ArrayLike) -> NDArray[np.float64]:
     return np.where(last >= 0, np.take_along_axis(table, np.maximum(last, 0), 1), np.nan)
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class _Trial:
     """One trial that has come; `history` is what the policy sees of it."""
 
@@ -172,9 +173,9 @@ class Replay:
         elif self._alive:
             self._wake_or_end()
 
-    def run(self) -> ReplayResult:
-        """Go on to the end."""
-        while not self.done:
+    def run(self, budget: float = math.inf) -> ReplayResult:
+        """Go on to the end, or until so much is spent; a round that is begun is finished."""
+        while not self.done and self._spent < budget:
             self.round()
         return self.result()
 
@@ -243,13 +244,16 @@ class Replay:
 
     def _close(self, holders: Sequence[_Trial]) -> None:
         """Judge; whoever is at its end is COMPLETE before the policy is asked."""
-        ended = [trial for trial in holders if trial.history.resource == self.curves.shape[1]]
-        for trial in ended:
-            finite = math.isfinite(trial.history.values[-1])
-            self._move(trial, TrialState.COMPLETE if finite else TrialState.FAILED)
-            self._note(trial, Decision(Verdict.COMPLETE, "trained to the end"))
-        decisions = self._judged() if len(ended) < len(self._alive) else {}
-        for trial in [trial for trial in self._alive if trial not in ended]:
+        if self.mirror is not None:
+            for trial in holders:
+                self.mirror.report(trial.history)
+        whole = {trial.number for trial in holders if trial.history.resource == self.curves.shape[1]}
+        for trial in holders:
+            if trial.number in whole:
+                self._end_as_complete(trial)
+        decisions = dict(self._judged()) if len(whole) < len(self._alive) else {}
+        decisions.update(dict.fromkeys(whole, Decision(Verdict.COMPLETE, "trained to the end")))
+        for trial in self._alive:
             self._carry_out(trial, decisions.get(trial.number))
         self._bury()
 
@@ -280,8 +284,11 @@ class Replay:
         elif decision.verdict is Verdict.STOP:
             self._move(trial, TrialState.STOPPED)
         elif decision.verdict is Verdict.COMPLETE:
-            finite = bool(trial.history.values) and math.isfinite(trial.history.values[-1])
-            self._move(trial, TrialState.COMPLETE if finite else TrialState.FAILED)
+            self._end_as_complete(trial)
+
+    def _end_as_complete(self, trial: _Trial) -> None:
+        """A trial that ends with a value that is not finite has failed."""
+        self._move(trial, TrialState.COMPLETE if is_finite(trial.history) else TrialState.FAILED)
 
     def _bury(self) -> None:
         for trial in self._alive:
@@ -302,7 +309,7 @@ class Replay:
         )
 
     def _selected(self, trials: Sequence[TrialHistory]) -> int | None:
-        finite = [trial for trial in trials if trial.values and math.isfinite(trial.values[-1])]
+        finite = [trial for trial in trials if is_finite(trial)]
         complete = [trial for trial in finite if trial.state is TrialState.COMPLETE]
         if complete:
             return self._rows[min(complete, key=lambda t: (t.values[-1], t.number)).number]
@@ -323,6 +330,7 @@ def replay(
     params: Sequence[Mapping[str, Any]] | None = None,
     n_trials: int | None = None,
     max_alive: int | None = None,
+    budget: float | None = None,
 ) -> ReplayResult:
     """Search over recorded curves as the executor would have searched.
 
@@ -340,9 +348,12 @@ def replay(
         n_trials: Trials that come, all by default.
         max_alive: Most trials that live at a time, paused ones included; no limit by default. The executor's default
             is twice `slots`.
+        budget: In the unit of `costs`: no round begins once so much is spent. Who lives then is neither stopped nor
+            complete. No limit by default.
 
     Raises:
-        ValueError: Shapes that do not fit, no trial or no chunk, `slots` below 1, a sampler without `params`.
+        ValueError: Shapes that do not fit, no trial or no chunk, `slots` below 1, a negative seed or cost, what is no
+            policy, a sampler without `params`.
 
     >>> from rapidfire_policies import ASHA
     >>> result = replay([[0.9, 0.8, 0.7], [0.5, 0.4, 0.3], [0.8, 0.6, 0.2]], ASHA(reduction_factor=3))
@@ -356,13 +367,11 @@ def replay(
     for name, number in (("slots", slots), ("n_trials", n_trials), ("max_alive", max_alive)):
         if number is not None and (isinstance(number, bool) or not isinstance(number, (int, np.integer)) or number < 1):
             raise ValueError(f"`{name}` must be an integer >= 1, got {number!r}.")
-    cost = np.ones(table.shape)
-    if costs is not None:
-        given = np.asarray(costs, dtype=np.float64)
-        cost = _array("costs", np.broadcast_to(given[:, None], table.shape) if given.ndim == 1 else given, 2)
-        _fits("costs", cost.shape, table.shape)
-        if not (np.isfinite(cost).all() and (cost >= 0).all()):
-            raise ValueError("`costs` must be finite and >= 0.")
+    if budget is not None and not budget > 0:
+        raise ValueError(f"`budget` must be > 0, got {budget!r}.")
+    if isinstance(seed, bool) or not isinstance(seed, (int, np.integer)) or seed < 0:
+        raise ValueError(f"`seed` must be an integer >= 0, got {seed!r}.")
+    cost = np.ones(table.shape) if costs is None else _costs(costs, table.shape)
     per_example = None if scores is None else _array("scores", scores, 3)
     if per_example is not None:
         _fits("scores", per_example.shape[:2], table.shape)
@@ -381,9 +390,9 @@ def replay(
         pruner = None if isinstance(policy, Policy) else _pruner(policy)
         mirror = StudyMirror(pruner, sampler, params or (), order, count)
         source = mirror.next_row
-        judge = _Followed(policy, mirror) if isinstance(policy, Policy) else mirror.judge
+        judge = policy.decide if isinstance(policy, Policy) else mirror.judge
     engine = Replay(table, judge, int(slots), source, cost, per_example, params or (), max_alive, mirror)
-    return engine.run()
+    return engine.run(math.inf if budget is None else budget)
 
 
 class _InOrder:
@@ -395,18 +404,6 @@ class _InOrder:
     def next_row(self) -> int | None:
         """The next row, or None after the last."""
         return next(self._rows, None)
-
-
-@dataclass(frozen=True)
-class _Followed:
-    """A policy's verdicts, with a sampler's study kept up to date beside it."""
-
-    policy: Policy
-    mirror: StudyMirror
-
-    def __call__(self, history: History) -> Mapping[int, Decision]:
-        self.mirror.follow(history)
-        return self.policy.decide(history)
 
 
 def _pruner(pruner: Any) -> optuna.pruners.BasePruner:
@@ -427,6 +424,17 @@ def _array(name: str, given: ArrayLike, dimensions: int) -> NDArray[np.float64]:
         axes = ("trials", "chunks", "examples")[:dimensions]
         raise ValueError(f"`{name}` must have the axes ({', '.join(axes)}), got the shape {table.shape}.")
     return table
+
+
+def _costs(given: ArrayLike, shape: tuple[int, ...]) -> NDArray[np.float64]:
+    cost = np.asarray(given, dtype=np.float64)
+    if cost.ndim == 1:
+        _fits("costs", cost.shape, shape[:1])
+        cost = np.repeat(cost[:, None], shape[1], axis=1)
+    _fits("costs", _array("costs", cost, 2).shape, shape)
+    if not (np.isfinite(cost).all() and (cost >= 0).all()):
+        raise ValueError("`costs` must be finite and >= 0.")
+    return cost
 
 
 def _fits(name: str, shape: tuple[int, ...], expected: tuple[int, ...]) -> None:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from numbers import Integral, Real
 from typing import Any
 
 import numpy as np
@@ -13,6 +13,8 @@ from optuna.distributions import BaseDistribution, CategoricalDistribution, Floa
 from optuna.trial import FrozenTrial
 from optuna.trial import TrialState as OptunaState
 
+from rapidfire_automl.cubes import Cube
+from rapidfire_automl.histories import COST_ATTR
 from rapidfire_policies.base import Decision, History, TrialHistory, TrialState, Verdict
 
 _ENDS = {
@@ -45,7 +47,6 @@ class StudyMirror:
         self.study = _quiet_study(self._sampler, pruner)
         self._left = n_trials
         self._trials: list[optuna.Trial] = []
-        self._reported: list[int] = []
 
     def next_row(self) -> int | None:
         """The row to train next, taken; None when enough have come."""
@@ -55,24 +56,23 @@ class StudyMirror:
         if not self._sampler.space:  # Optuna does not ask a sampler for nothing
             self._sampler.sample_relative(self.study, None, {})
         self._trials.append(self.study.ask(self._sampler.space))
-        self._reported.append(0)
         return self._sampler.taken
 
-    def follow(self, history: History) -> None:
-        """Report what is new, in trial order."""
-        for trial in sorted(history.trials, key=lambda trial: trial.number):
-            self._report(trial)
+    def report(self, trial: TrialHistory) -> None:
+        """Report a trial's newest value, and after its first chunk what that cost."""
+        optuna_trial = self._trials[trial.number]
+        optuna_trial.report(trial.values[-1], step=trial.resource)
+        if trial.resource == 1:
+            optuna_trial.set_user_attr(COST_ATTR, trial.costs[0])
 
     def end(self, trial: TrialHistory) -> None:
         """Tell the study how a trial ended; a COMPLETE trial's value is its last."""
-        self._report(trial)
         state = _ENDS[trial.state]
         value = trial.values[-1] if state is OptunaState.COMPLETE else None
         self.study.tell(self._trials[trial.number], value, state=state)
 
     def judge(self, history: History) -> Mapping[int, Decision]:
-        """Ask the pruner about every running trial, after all have reported."""
-        self.follow(history)
+        """Ask the pruner about every running trial, in trial order; all of the round have reported."""
         name = type(self.study.pruner).__name__
         return {
             trial.number: Decision(Verdict.STOP, f"{name} says so")
@@ -80,16 +80,11 @@ class StudyMirror:
             if self._trials[trial.number].should_prune()
         }
 
-    def _report(self, trial: TrialHistory) -> None:
-        for k in range(self._reported[trial.number], trial.resource):
-            self._trials[trial.number].report(trial.values[k], step=k + 1)
-        self._reported[trial.number] = trial.resource
-
 
 class RowSampler(optuna.samplers.BaseSampler):
     """Snaps a sampler's proposals to the nearest recorded configuration that has not come yet.
 
-    Distances are Euclidean in the unit cube (logarithmic where the range is); choices that differ count 1.
+    Distances are Euclidean in the unit cube (`rapidfire_automl.cubes`); choices that differ count 1.
 
     Args:
         sampler: The sampler; None takes the rows as they come.
@@ -106,7 +101,8 @@ class RowSampler(optuna.samplers.BaseSampler):
         self._params = params
         self._order = order
         self._free = np.ones(len(order), dtype=bool)
-        self._table = _unit_table(params, self.space)
+        self._cube = Cube(self.space)
+        self._table = self._columns(params)
 
     def infer_relative_search_space(self, study: optuna.Study, trial: FrozenTrial) -> dict[str, BaseDistribution]:
         """The whole space: a row is taken as a whole."""
@@ -146,10 +142,12 @@ class RowSampler(optuna.samplers.BaseSampler):
         for name, distribution in self.space.items():
             if name not in point:
                 point[name] = self._inner.sample_independent(study, trial, name, distribution)
-        target = np.concatenate([_unit(d, [point[name]])[0] for name, d in self.space.items()])
-        distance = ((self._table - target) ** 2).sum(1)
+        distance = ((self._table - self._columns([point])) ** 2).sum(1)
         distance[~self._free] = np.inf
         return int(distance.argmin())
+
+    def _columns(self, rows: Sequence[Mapping[str, Any]]) -> NDArray[np.float64]:
+        return self._cube.columns(self._cube.encode(rows))
 
 
 def space_of(params: Sequence[Mapping[str, Any]]) -> dict[str, BaseDistribution]:
@@ -158,6 +156,9 @@ def space_of(params: Sequence[Mapping[str, Any]]) -> dict[str, BaseDistribution]
     Numbers get a range; a logarithmic one if they are all positive and span more than a factor of 50. What is constant
     is left out; anything else is a choice.
 
+    Raises:
+        ValueError: Rows have different hyperparameters.
+
     >>> space_of([{"lr": 1e-4, "r": 4, "name": "a"}, {"lr": 1e-2, "r": 8, "name": "b"}])
     ... # doctest: +NORMALIZE_WHITESPACE
     {'lr': FloatDistribution(high=0.01, log=True, low=0.0001, step=None),
@@ -165,35 +166,23 @@ def space_of(params: Sequence[Mapping[str, Any]]) -> dict[str, BaseDistribution]
      'name': CategoricalDistribution(choices=('a', 'b'))}
     """
     space: dict[str, BaseDistribution] = {}
+    for row in params:
+        if row.keys() != params[0].keys():
+            raise ValueError(f"`params` must all have the keys of the first, {sorted(params[0])}, got {sorted(row)}.")
     for name in params[0] if params else ():
         values = [row[name] for row in params]
         if len(set(values)) < 2:
             continue
-        if all(isinstance(value, (int, float)) and not isinstance(value, bool) for value in values):
+        if all(isinstance(value, Real) and not isinstance(value, (bool, np.bool_)) for value in values):
             low, high = min(values), max(values)
             log = low > 0 and high > 50 * low
-            kind = IntDistribution if all(isinstance(value, int) for value in values) else FloatDistribution
-            space[name] = kind(low, high, log=log)
+            if all(isinstance(value, Integral) for value in values):
+                space[name] = IntDistribution(int(low), int(high), log=log)
+            else:
+                space[name] = FloatDistribution(float(low), float(high), log=log)
         else:
             space[name] = CategoricalDistribution(sorted(set(values), key=repr))
     return space
-
-
-def _unit_table(params: Sequence[Mapping[str, Any]], space: Mapping[str, BaseDistribution]) -> NDArray[np.float64]:
-    columns = [_unit(distribution, [row[name] for row in params]) for name, distribution in space.items()]
-    return np.concatenate(columns, axis=1) if columns else np.zeros((len(params), 0))
-
-
-def _unit(distribution: BaseDistribution, values: Iterable[Any]) -> NDArray[np.float64]:
-    """`(values, columns)` in [0, 1]; a choice is a one-hot row of height `sqrt(1/2)`."""
-    if isinstance(distribution, CategoricalDistribution):
-        codes = [distribution.choices.index(value) for value in values]
-        return math.sqrt(0.5) * np.eye(len(distribution.choices))[codes]
-    assert isinstance(distribution, (FloatDistribution, IntDistribution))
-    transform = np.log if distribution.log else np.asarray
-    low, high = transform(float(distribution.low)), transform(float(distribution.high))
-    column: NDArray[np.float64] = (transform(np.array([float(v) for v in values])) - low) / (high - low)
-    return column[:, None]
 
 
 def _quiet_study(sampler: optuna.samplers.BaseSampler, pruner: optuna.pruners.BasePruner | None) -> optuna.Study:

@@ -9,11 +9,12 @@ from typing import TYPE_CHECKING, Any
 import optuna
 
 from rapidfire_automl.hints import nearest
+from rapidfire_automl.samplers import ChunkSampler
 
 if TYPE_CHECKING:
     from rapidfire_policies import Policy
 
-_SAMPLERS = ("tpe", "random", "cmaes", "gp", "qmc")
+_SAMPLERS = ("tpe", "random", "cmaes", "gp", "qmc", "chunk")
 
 
 def check_count(name: str, value: Any, least: int = 1) -> int:
@@ -56,6 +57,8 @@ def make_sampler(sampler: Any, seed: int) -> optuna.samplers.BaseSampler:
         return optuna.samplers.GPSampler(seed=seed)
     if sampler == "qmc":
         return optuna.samplers.QMCSampler(seed=seed)
+    if sampler == "chunk":
+        return ChunkSampler(seed=seed)
     if sampler == "cmaes":
         if importlib.util.find_spec("cmaes") is None:
             raise ImportError('`sampler="cmaes"` needs a package: pip install cmaes')

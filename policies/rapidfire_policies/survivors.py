@@ -59,9 +59,10 @@ def keep_one(history: History, decisions: Mapping[int, Decision]) -> dict[int, D
     <Verdict.CONTINUE: 'continue'>
     """
     kept = dict(decisions)
-    finite = [trial for trial in history.trials if is_finite(trial)]
-    condemned = [trial for trial in finite if trial.is_live]
-    if not condemned or any(survives(trial, decisions) for trial in finite):
+    condemned = [trial for trial in history.live if is_finite(trial)]
+    if not condemned or any(survives(trial, decisions) for trial in condemned):
+        return kept
+    if any(survives(trial, decisions) and is_finite(trial) for trial in history.trials):
         return kept
     best = min(condemned, key=lambda trial: (-trial.resource, rank_key(trial.values[-1], trial.number)))
     kept[best.number] = replace(

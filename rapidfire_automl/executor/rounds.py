@@ -12,7 +12,7 @@ import optuna
 from numpy.typing import NDArray
 
 from rapidfire_automl.executor.arm import Arm
-from rapidfire_automl.histories import CHUNKS_ATTR, history_from_study
+from rapidfire_automl.histories import CHUNKS_ATTR, COST_ATTR, history_from_study
 from rapidfire_automl.pruners import PolicyPruner
 from rapidfire_automl.records import TrialRecord
 from rapidfire_policies.base import Decision, History, Policy, TrialHistory, TrialState, Verdict
@@ -71,7 +71,8 @@ class Referee:
         report(waiting)
         ended = [arm for arm in waiting if len(arm.record.values) >= len(arm.record.boundaries)]
         for arm in ended:
-            arm.record.state = TrialState.COMPLETE
+            finite = bool(np.isfinite(arm.record.last_vector).all())
+            arm.record.state = TrialState.COMPLETE if finite else TrialState.FAILED
         going = [arm for arm in waiting if arm not in ended]
         decisions: dict[int, Decision] = {}
         if going or paused:
@@ -99,6 +100,8 @@ class Referee:
         request, record = arm.request, arm.record
         scores = np.asarray(request.scores, dtype=np.float64)
         record.add_chunk(request.vector, scores, request.metrics, arm.chunk_seconds, arm.chunk_tokens)
+        if len(record.values) == 1:
+            arm.trial.set_user_attr(COST_ATTR, arm.chunk_tokens)
         several = {"vector": request.vector} if len(request.vector) > 1 else {}
         self._tell(
             "chunk_done", arm, value=record.values[-1], seconds=arm.chunk_seconds, tokens=arm.chunk_tokens, **several
