@@ -72,7 +72,8 @@ class ChunkSampler(optuna.samplers.BaseSampler):
 
     What breaks it: curves that cross late, since a score can only be as good as the chunks done; a good region that is
     narrow in many parameters at once; and, under policies that compare with all past trials, its own success: better
-    proposals survive longer, so that fewer of them fit into a budget.
+    proposals survive longer, so that fewer of them fit into a budget. Where no policy stops trials and all of a batch
+    end together, TPE knows as much and may do better (`experiments/LOG.md`).
 
     Papers: Bergstra et al., Algorithms for Hyper-Parameter Optimization, 2011, for the ratio of densities; Falkner et
     al., BOHB, 2018 (https://arxiv.org/abs/1807.01774), for densities of partly trained configurations, there of one
