@@ -88,9 +88,12 @@ def _recorded(given: Mapping[str, Any], arrays: Mapping[str, NDArray[Any]], stem
     curves = -curves if given.get("maximize") else curves
     params = [dict(zip(arrays["hp_names"].tolist(), row, strict=True)) for row in arrays["hp"].tolist()]
     name = stem if given["array"] == "curve" else f"{stem} {given['array']}"
-    return Table(
-        name, given["group"], given["trials"], hold_last(curves) if given.get("hold_last") else curves, params=params
-    )
+    curves = (hold_last(curves) if given.get("hold_last") else curves)[:, : given.get("chunks")]
+    if given.get("best_so_far"):
+        # What a trial is worth whose best checkpoint is kept; a value that is not finite stays what it is.
+        best = np.minimum.accumulate(np.where(np.isfinite(curves), curves, np.inf), axis=1)
+        curves = np.where(np.isfinite(curves), best, curves)
+    return Table(name, given["group"], given["trials"], curves, params=params)
 
 
 def _own(given: Mapping[str, Any], arrays: Mapping[str, NDArray[Any]]) -> Table:

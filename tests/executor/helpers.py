@@ -236,18 +236,24 @@ def differences(one: Sequence[Mapping[str, Any]], other: Sequence[Mapping[str, A
     """The largest relative difference of each logged quantity, over all entries.
 
     Rewards, margins and mean logits are small differences of large numbers, so they are measured in units of the
-    largest of their family in the log; everything else in units of the very number it is compared with.
+    largest of their family in the log; everything else in units of the very number it is compared with. An accuracy
+    is not compared where the oracle's own margin is zero: a policy that still is the reference ranks a pair by rounding.
     """
     assert [sorted(entry) for entry in one] == [sorted(entry) for entry in other], "the logs have other entries"
     worst: dict[str, float] = {}
     for name in {name for entry in other for name in entry if not name.endswith(("runtime", "per_second"))}:
-        pairs = [(mine[name], theirs[name]) for mine, theirs in zip(one, other, strict=True) if name in theirs]
+        margin = name.replace("accuracies", "margins")
+        pairs = [
+            (mine[name], theirs[name])
+            for mine, theirs in zip(one, other, strict=True)
+            if name in theirs and (margin == name or theirs[margin] != 0.0)
+        ]
         family = name.removeprefix("eval_").partition("/")[0]
         kin = [
             abs(entry[key]) for entry in other for key in entry if key.removeprefix("eval_").startswith(family + "/")
         ]
         unit = max(kin) if family in ("rewards", "logits") else 0.0
-        worst[name] = max(relative(value, expected, unit) for value, expected in pairs)
+        worst[name] = max((relative(value, expected, unit) for value, expected in pairs), default=0.0)
     return worst
 
 

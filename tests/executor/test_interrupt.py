@@ -116,7 +116,9 @@ def test_a_signal_ends_the_search_and_keeps_what_is_finished(number: int, how: s
     assert study.best_trial.state.name == "COMPLETE"
 
 
-def counting(executor: RapidFireExecutor, at: int, act: Callable[[], Any]) -> Callable[[optuna.Trial], float]:
+def counting(
+    executor: RapidFireExecutor, at: int, act: Callable[[], Any], **given: Any
+) -> Callable[[optuna.Trial], float]:
     """An objective that acts once, in the middle of a search."""
     steps: list[int] = []
 
@@ -128,7 +130,7 @@ def counting(executor: RapidFireExecutor, at: int, act: Callable[[], Any]) -> Ca
     @executor.objective
     def objective(trial: optuna.Trial) -> Any:
         lr = trial.suggest_float("lr", 1e-5, 1.0, log=True)
-        return sft(executor, trial, lr=lr, callbacks=[Do(count)])
+        return sft(executor, trial, lr=lr, callbacks=[Do(count)], **given)
 
     return objective
 
@@ -187,7 +189,8 @@ def test_ctrl_c_in_a_cell_leaves_an_executor_that_works() -> None:
     """Without `with`, as in a notebook: Python's own handler raises in the main thread."""
     study = study_of(LRS[:4])
     executor = make_executor(slots=2)
-    objective = counting(executor, at=3, act=lambda: signal.raise_signal(signal.SIGINT))
+    # Long trials: the main thread looks up from its wait five times a second.
+    objective = counting(executor, at=3, act=lambda: signal.raise_signal(signal.SIGINT), max_steps=100_000)
     with pytest.raises(KeyboardInterrupt):
         executor.optimize(study, objective, n_trials=2)
     assert no_thread_is_left()
