@@ -28,7 +28,7 @@ class AutoML:
             `LoraConfig` with `List` and `Range` in it: `{"learning_rate": Range(1e-5, 1e-2), "r": List([4, 8])}`.
             Keys `training_args`, `peft_config` and other fields of `RFModelConfig` are taken as such.
         sampler: "tpe", "random", "cmaes", "gp", "qmc", "chunk", "grid", or any Optuna sampler.
-        policy: "asha", another policy, an Optuna pruner, or None to train every trial to its end.
+        policy: "auto", another policy, an Optuna pruner, or None to train every trial to its end.
         slots: Trials that train at a time.
         chunks: Verdicts a trial.
         n_trials: Trials in all; a grid has as many as it has combinations.
@@ -51,7 +51,7 @@ class AutoML:
         space: RFModelConfig | Mapping[str, Any] | None = None,
         *,
         sampler: str | optuna.samplers.BaseSampler = "tpe",
-        policy: str | Policy | optuna.pruners.BasePruner | None = "asha",
+        policy: str | Policy | optuna.pruners.BasePruner | None = "auto",
         slots: int = 8,
         chunks: int = DEFAULT_CHUNKS,
         n_trials: int = 32,

@@ -140,7 +140,7 @@ class Search(_Table):
     cost: Literal["tokens", "seconds"] = "tokens"
     eval_batch_size: int = Field(default=16, ge=1)
     sampler: Annotated[Plugin, _named_or("tpe")] = Plugin(name="tpe")
-    policy: Annotated[Plugin, _named_or("asha")] = Plugin(name="asha")
+    policy: Annotated[Plugin, _named_or("auto")] = Plugin(name="auto")
     storage: str | None = None
     study: str | None = None
     timeout_s: float | None = Field(default=None, gt=0)

@@ -29,7 +29,7 @@ def test_defaults_and_short_forms() -> None:
     settings = parse_settings(GOOD)
     assert settings.base.model == "org/model"
     assert settings.trainer == "sft"
-    assert settings.search.policy.name == "asha"
+    assert settings.search.policy.name == "auto"
     assert settings.space["learning_rate"] == Range(low=1e-5, high=1e-2, log=True)
     assert settings.space["lora.lora_alpha"] == [8, 16]
 
@@ -41,8 +41,8 @@ def test_integers_stay_integers() -> None:
 
 
 def test_plugin_with_arguments() -> None:
-    search = parse_settings(GOOD, ["search.policy.reduction_factor=3", "search.sampler=random"]).search
-    assert (search.policy.name, search.policy.arguments) == ("asha", {"reduction_factor": 3})
+    search = parse_settings(GOOD, ["search.policy.budget=40", "search.sampler=random"]).search
+    assert (search.policy.name, search.policy.arguments) == ("auto", {"budget": 40})
     assert search.sampler.name == "random"
 
 
