@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -63,3 +64,11 @@ def test_quality_on_recorded_curves(slots: int) -> None:
     assert np.mean(regrets) <= 0.012
     assert 1 / np.mean(shares) >= 5.5
     assert Verdict.STOP in {verdict.verdict for verdict in result.verdicts}
+
+
+def test_the_settings_are_those_that_were_chosen_on_half_of_the_tables() -> None:
+    path = Path(__file__).resolve().parents[2] / "experiments" / "policies" / "tune.json"
+    chosen = json.loads(path.read_text(encoding="utf-8"))["chosen"]
+    curves = np.random.default_rng(0).normal(size=(64, 30)).cumsum(axis=1)
+    history = History(tuple(TrialHistory(i, tuple(c.tolist())) for i, c in enumerate(curves)), chunks=50)
+    assert Auto().decide(history) == RisingBound(**chosen).decide(history)
