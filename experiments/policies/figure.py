@@ -169,7 +169,7 @@ def _heading(figure: Any, results: Mapping[str, Any], slots: int, markers: Mappi
     finding = "Regret against cost on recorded curves: lower right is better"
     if auto is not None:
         kept = round(auto["share"] * auto["cells"])
-        finding = f"No rival beats {auto['setting']} on {kept} of {auto['cells']} tables: lower right is better"
+        finding = f"No rival beats {auto['setting']}, beyond the noise, in {kept} of {auto['cells']} comparisons"
     many = f"{slots} slots" if slots else "all trials together"
     figure.text(left, 1 - 0.17 * inch, finding, va="top", fontsize=13, weight="bold", color=INK)
     figure.text(

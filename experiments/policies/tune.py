@@ -26,7 +26,7 @@ from experiments import provenance  # noqa: E402
 from experiments.policies.run import Job, Setting, play  # noqa: E402
 from experiments.policies.tables import Table, load  # noqa: E402
 
-GRID = {"window": (2, 3, 4), "growth": (0.0, 1 / 3, 0.5), "keep": (1, 2, 3)}
+GRID = {"window": (2, 3, 4), "growth": (0.0, 1 / 3, 0.5), "keep": (1, 2, 3, 4)}
 LEAST_SPEEDUP = 5.5
 TIE = 1e-4
 GROUPS = ("TaskSet", "LoRA perplexity", "LoRA BLEU")

@@ -18,7 +18,7 @@ class Auto(Policy):
 
     The rule is that of `RisingBound(window, growth=1/3, keep)`, where for `T` chunks and `n` trials seen so far
 
-        window = min(3, max(1, round(T / 7)))        keep = min(3, max(1, n // 16))
+        window = min(3, max(1, round(T / 7)))        keep = min(4, max(1, n // 8))
 
     With a `budget`, let `spent` be the chunks that all trials have done. While `spent` plus what the live trials still
     have to their end exceeds `budget`, the one with the worst last value is stopped, until one is left. A budget that
@@ -57,7 +57,7 @@ class Auto(Policy):
     def decide(self, history: History) -> Mapping[int, Decision]:
         """Judge every running trial."""
         window = min(3, max(1, round(history.chunks / 7)))
-        keep = min(3, max(1, len(history.trials) // 16))
+        keep = min(4, max(1, len(history.trials) // 8))
         decisions = dict(RisingBound(window=window, keep=keep).decide(history))
         if self.budget is not None:
             decisions.update(self._over_budget(history, decisions))

@@ -15,7 +15,7 @@ CURVES = Path(__file__).resolve().parents[3] / "shared" / "data" / "curves"
 
 
 @pytest.mark.parametrize(
-    ("trials", "chunks", "window", "keep"), [(64, 50, 3, 3), (48, 20, 3, 3), (32, 12, 2, 2), (8, 6, 1, 1)]
+    ("trials", "chunks", "window", "keep"), [(64, 50, 3, 4), (48, 20, 3, 4), (16, 12, 2, 2), (8, 6, 1, 1)]
 )
 def test_the_settings_follow_from_the_search(trials: int, chunks: int, window: int, keep: int) -> None:
     rng = np.random.default_rng(trials)
