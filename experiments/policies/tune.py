@@ -4,6 +4,8 @@
 
 Chosen on `tuned_on` of config.toml: of the settings whose mean speed-up over the tuned TaskSet tables is at least
 `LEAST_SPEEDUP`, the one with the lowest mean regret, each group counting equally; of equal regrets (`TIE`) the fastest.
+`growth` is not chosen: it stays at `RisingBound`'s own, which loses less than 0 at every window where one trial is
+protected, and that is what small searches get.
 `tune.json` has every setting on both halves, and the choice.
 """
 
@@ -25,6 +27,7 @@ sys.path.insert(0, str(HERE.parents[1]))
 from experiments import provenance  # noqa: E402
 from experiments.policies.run import Job, Setting, play  # noqa: E402
 from experiments.policies.tables import Table, load  # noqa: E402
+from rapidfire_policies import RisingBound  # noqa: E402
 
 GRID = {"window": (2, 3, 4), "growth": (0.0, 1 / 3, 0.5), "keep": (1, 2, 3, 4)}
 LEAST_SPEEDUP = 5.5
@@ -89,7 +92,9 @@ def choose(settings: Iterable[Mapping[str, Any]]) -> Mapping[str, Any]:
     def mean(setting: Mapping[str, Any], group: str, name: str) -> float:
         return float(np.mean([means[group][name] for means in setting["tuned"].values()]))
 
-    fast = [setting for setting in settings if mean(setting, "TaskSet", "speedup") >= LEAST_SPEEDUP]
+    default = RisingBound().growth
+    usual = [setting for setting in settings if setting["arguments"]["growth"] == default]
+    fast = [setting for setting in usual if mean(setting, "TaskSet", "speedup") >= LEAST_SPEEDUP]
     least = min(mean(setting, "all", "regret") for setting in fast)
     ties = [setting for setting in fast if mean(setting, "all", "regret") <= least + TIE]
     return max(ties, key=lambda setting: mean(setting, "all", "speedup"))
