@@ -102,7 +102,10 @@ def test_nothing_overflows_where_finite_values_explode(policy: Policy, slots: in
 def test_policies_need_neither_torch_nor_optuna_nor_the_library() -> None:
     code = (
         "import sys, rapidfire_policies, rapidfire_policies.testing\n"
-        "assert not {'torch', 'optuna', 'rapidfire_automl'} & set(sys.modules)"
+        "assert not {'torch', 'optuna', 'rapidfire_automl'} & set(sys.modules)\n"
+        # Nor the half second that scipy.stats takes, at the import or at the first verdict.
+        "rapidfire_policies.testing.check_policy(rapidfire_policies.Wilcoxon())\n"
+        "assert 'scipy.stats' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True, env={**os.environ, "PYTHONPATH": PACKAGES})
 
