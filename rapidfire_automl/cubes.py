@@ -93,7 +93,7 @@ def _log_range(distribution: FloatDistribution | IntDistribution) -> tuple[float
 
 def _position(distribution: BaseDistribution, value: Any) -> float:
     if isinstance(distribution, CategoricalDistribution):
-        return (distribution.choices.index(value) + 0.5) / len(distribution.choices)
+        return (distribution.to_internal_repr(value) + 0.5) / len(distribution.choices)  # finds a NaN among the choices
     assert isinstance(distribution, (FloatDistribution, IntDistribution))
     count = _count(distribution)
     if count is not None:

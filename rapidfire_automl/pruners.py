@@ -23,7 +23,8 @@ class PolicyPruner(optuna.pruners.BasePruner):
     (`rapidfire_automl.histories.history_from_study`). There only STOP prunes: a paused trial could not be resumed, so
     PAUSE trains on (a policy that works by pausing, such as `SequentialHalving`, prunes little or nothing there), and
     COMPLETE trains on too, since Optuna would file a trial that ends here under its pruned ones, where
-    `study.best_trial` cannot find it.
+    `study.best_trial` cannot find it. Optuna records no per-example scores and no costs: there the races and
+    `NonInferior` stop nobody but trials that have diverged, and `CostAware` is its inner policy.
 
     Args:
         policy: The policy, e.g. `ASHA()`.

@@ -367,7 +367,7 @@ def replay(
     for name, number in (("slots", slots), ("n_trials", n_trials), ("max_alive", max_alive)):
         if number is not None and (isinstance(number, bool) or not isinstance(number, (int, np.integer)) or number < 1):
             raise ValueError(f"`{name}` must be an integer >= 1, got {number!r}.")
-    if budget is not None and not budget > 0:
+    if budget is not None and not (isinstance(budget, (int, float)) and budget > 0):
         raise ValueError(f"`budget` must be > 0, got {budget!r}.")
     if isinstance(seed, bool) or not isinstance(seed, (int, np.integer)) or seed < 0:
         raise ValueError(f"`seed` must be an integer >= 0, got {seed!r}.")
@@ -385,8 +385,12 @@ def replay(
     if isinstance(policy, Policy) and sampler is None:
         source, judge, mirror = _InOrder(order[:count]).next_row, policy.decide, None
     else:
+        from optuna.samplers import BaseSampler
+
         from rapidfire_automl.replay_study import StudyMirror
 
+        if sampler is not None and not isinstance(sampler, BaseSampler):
+            raise ValueError(f"`sampler` must be an Optuna sampler, got {sampler!r}.")
         pruner = None if isinstance(policy, Policy) else _pruner(policy)
         mirror = StudyMirror(pruner, sampler, params or (), order, count)
         source = mirror.next_row
@@ -419,15 +423,24 @@ def _pruner(pruner: Any) -> optuna.pruners.BasePruner:
 
 
 def _array(name: str, given: ArrayLike, dimensions: int) -> NDArray[np.float64]:
-    table = np.asarray(given, dtype=np.float64)
+    axes = ", ".join(("trials", "chunks", "examples")[:dimensions])
+    table = _numbers(name, given, axes)
     if table.ndim != dimensions:
-        axes = ("trials", "chunks", "examples")[:dimensions]
-        raise ValueError(f"`{name}` must have the axes ({', '.join(axes)}), got the shape {table.shape}.")
+        raise ValueError(f"`{name}` must have the axes ({axes}), got the shape {table.shape}.")
     return table
 
 
+def _numbers(name: str, given: ArrayLike, axes: str) -> NDArray[np.float64]:
+    try:
+        return np.asarray(given, dtype=np.float64)
+    except (TypeError, ValueError) as error:
+        raise ValueError(
+            f"`{name}` must be a table of numbers with the axes ({axes}), rows of equal length: {error}"
+        ) from error
+
+
 def _costs(given: ArrayLike, shape: tuple[int, ...]) -> NDArray[np.float64]:
-    cost = np.asarray(given, dtype=np.float64)
+    cost = _numbers("costs", given, "trials, chunks")
     if cost.ndim == 1:
         _fits("costs", cost.shape, shape[:1])
         cost = np.repeat(cost[:, None], shape[1], axis=1)

@@ -54,6 +54,11 @@ def test_columns() -> None:
     assert cube.columns(cube.encode([])).shape == (0, 4)
 
 
+def test_nan_may_be_a_choice() -> None:
+    choices = CategoricalDistribution((float("nan"), None, 0.5))
+    assert Cube({"x": choices}).encode([{"x": float("nan")}, {"x": 0.5}]) == pytest.approx(np.array([[1 / 6], [5 / 6]]))
+
+
 def test_values_outside_of_the_range_are_moved_to_its_edge() -> None:
     cube = Cube({"log": SPACES["log"], "int": SPACES["int"]})
     rows: list[dict[str, Any]] = [{"log": 1.0, "int": 9}, {"log": -1.0, "int": -9}]

@@ -186,6 +186,31 @@ def test_every_storage_prunes(create: Create) -> None:
     assert [trial.should_prune() for trial in trials] == [True, False, True]
 
 
+WAIT_OR_LACK_SCORES = (
+    "successive_halving", "hyperband", "pasha", "sequential_halving",
+    "paired_race", "betting_race", "wilcoxon", "non_inferior",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("name", WAIT_OR_LACK_SCORES)
+@pytest.mark.parametrize("in_lockstep", [False, True])
+def test_who_pauses_or_needs_scores_stops_only_the_diverged_in_plain_optuna(name: str, in_lockstep: bool) -> None:
+    study = optuna.create_study(sampler=sampler(), pruner=PolicyPruner(policy_from_name(name), chunks=9))
+    trials = [study.ask() for _ in range(12)] if in_lockstep else []
+    pruned = set()
+    for number in range(12):
+        for trial in trials or [study.ask()]:
+            for chunk in range(1, 9) if not in_lockstep else [number + 1] if number < 8 else []:
+                if trial.number not in pruned:
+                    trial.report(math.nan if trial.number == 4 and chunk == 3 else trial.number + 1.0 / chunk, chunk)
+                    if trial.should_prune():
+                        pruned.add(trial.number)
+                        study.tell(trial, state=optuna.trial.TrialState.PRUNED)
+            if not in_lockstep and trial.number not in pruned:
+                study.tell(trial, float(trial.number))
+    assert pruned == {4}
+
+
 def test_before_the_first_report_nothing_is_pruned() -> None:
     study = optuna.create_study(sampler=sampler(), pruner=PolicyPruner(ASHA(), chunks=9))
     assert not study.ask().should_prune()

@@ -75,7 +75,8 @@ class BettingRace(Policy):
 
     def __post_init__(self) -> None:
         check_level("alpha", self.alpha, fix="0.05 is an error in 20 searches.")
-        if not (math.isfinite(self.low) and math.isfinite(self.high) and self.low < self.high):
+        numbers = all(isinstance(bound, (int, float)) and math.isfinite(bound) for bound in (self.low, self.high))
+        if not numbers or self.low >= self.high:
             raise ValueError(
                 f"`low` and `high` must be finite, `low` below `high`, got {self.low!r} and {self.high!r}."
             )

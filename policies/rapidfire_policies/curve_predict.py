@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from rapidfire_policies._arguments import check_int, check_level
 from rapidfire_policies.base import Decision, History, Policy, TrialHistory, TrialState, Verdict
 from rapidfire_policies.power_laws import forecast
-from rapidfire_policies.rungs import rank_key
+from rapidfire_policies.rungs import bounded, rank_key
 from rapidfire_policies.survivors import is_finite, keep_one
 
 _PRIOR = 20.0
@@ -130,7 +130,7 @@ def _by_resource(trials: Iterable[TrialHistory]) -> list[tuple[int, list[TrialHi
 def _running_best(trials: Iterable[TrialHistory], done: int) -> NDArray[np.float64]:
     """`(trials, done)`; what is not finite takes the value before it, or the first finite one."""
     table = np.array([trial.values[:done] for trial in trials], dtype=np.float64)
-    table[~np.isfinite(table)] = np.inf
+    table = np.where(np.isfinite(table), bounded(table), np.inf)
     best = np.minimum.accumulate(table, axis=1)
     first = best[np.arange(len(best)), np.isfinite(best).argmax(1)]
     return np.where(np.isfinite(best), best, first[:, None])

@@ -84,7 +84,7 @@ class Median(Policy):
         if trial.resource < self.grace or len(peers) < self.min_peers:
             return Decision(Verdict.CONTINUE, f"chunk {trial.resource}: too early to judge")
         value = min(filter(math.isfinite, trial.values)) if self.average else trial.values[-1]
-        middle = float(peers[(len(peers) - 1) // 2] + peers[len(peers) // 2]) / 2
+        middle = float(peers[(len(peers) - 1) // 2] / 2 + peers[len(peers) // 2] / 2)
         words = f"chunk {trial.resource}: {value:.4g}, median of {len(peers)} peers {middle:.4g}"
         return Decision(Verdict.STOP if value > middle else Verdict.CONTINUE, words)
 
@@ -103,6 +103,6 @@ def _marks(trials: Sequence[TrialHistory], chunks: int, *, average: bool) -> NDA
         values[row, : trial.resource] = trial.values[:chunks]
     if not average:
         return values
-    with np.errstate(invalid="ignore"):
+    with np.errstate(invalid="ignore", over="ignore"):  # a sum that overflows is no mark, like one with an infinity
         averages: NDArray[np.float64] = np.cumsum(values, axis=1) / np.arange(1, chunks + 1)
     return averages

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from rapidfire_policies._arguments import check_level
+from rapidfire_policies._arguments import check_level, check_number
 from rapidfire_policies.base import Decision, History, Policy, TrialHistory, TrialState, Verdict
 from rapidfire_policies.paired import look_at, spent, unjudged
 from rapidfire_policies.paired_race import lower_bounds
@@ -71,8 +71,7 @@ class NonInferior(Policy):
     alpha: float = 0.05
 
     def __post_init__(self) -> None:
-        if not 0 <= self.margin < math.inf:
-            raise ValueError(f"`margin` must be finite and >= 0, got {self.margin!r}.")
+        check_number("margin", self.margin, at_least=0, fix="It is in the unit of the scores.")
         check_level("alpha", self.alpha, fix="0.05 is an error in 20 searches.")
 
     def decide(self, history: History) -> Mapping[int, Decision]:

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from rapidfire_policies._arguments import check_number
 from rapidfire_policies.base import Decision, History, Policy
 from rapidfire_policies.promotion import promote
-from rapidfire_policies.rungs import check_rungs, rungs
+from rapidfire_policies.rungs import bounded, check_rungs, rungs
 from rapidfire_policies.survivors import keep_one
 
 MOST_COMPARED = 64
@@ -99,7 +99,7 @@ def agree(history: History, below: int, cap: int, percentile: float) -> bool:
     """Whether two neighbouring rungs rank the trials that stood at both alike, up to epsilon."""
     pairs = [(t.values[cap - 1], t.number, t.values[below - 1]) for t in history.trials if t.resource >= cap]
     finite = sorted(pair for pair in pairs if math.isfinite(pair[0]) and math.isfinite(pair[2]))[:MOST_COMPARED]
-    at_below = np.array([value for *_, value in finite])
+    at_below = bounded([value for *_, value in finite])
     if len(at_below) < 2:
         return True
     tolerance = epsilon(_between(history, below, cap), percentile)
@@ -131,5 +131,5 @@ def _between(history: History, below: int, cap: int) -> NDArray[np.float64]:
     rows = sorted(finite, key=lambda values: (values[below - 1], values))[:MOST_COMPARED]
     curves = np.full((len(rows), cap), np.nan)
     for row, values in enumerate(rows):
-        curves[row, : len(values)] = values
+        curves[row, : len(values)] = bounded(values)
     return curves

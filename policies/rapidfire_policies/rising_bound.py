@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from rapidfire_policies._arguments import check_int
+from rapidfire_policies._arguments import check_int, check_number
 from rapidfire_policies.base import Decision, History, Policy, TrialHistory, TrialState, Verdict
 from rapidfire_policies.rungs import rank_key
 from rapidfire_policies.survivors import is_finite, keep_one
@@ -67,8 +67,9 @@ class RisingBound(Policy):
     def __post_init__(self) -> None:
         check_int("window", self.window, at_least=1, fix="It is the chunks over which the pace is measured.")
         check_int("keep", self.keep, at_least=1, fix="The best trial is never stopped.")
-        if not 0 <= self.growth < 1:
-            raise ValueError(f"`growth` must be in [0, 1), got {self.growth!r}. It is a share of the chunks done.")
+        check_number("growth", self.growth, at_least=0, fix="It is a share of the chunks done.")
+        if self.growth >= 1:
+            raise ValueError(f"`growth` must be a number < 1, got {self.growth!r}. It is a share of the chunks done.")
 
     def decide(self, history: History) -> Mapping[int, Decision]:
         """Judge every running trial against the rivals that are live or complete."""

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import ArrayLike, NDArray
 
 from rapidfire_policies._arguments import check_int
 from rapidfire_policies.base import History, TrialHistory
@@ -128,6 +129,17 @@ def top(values: Mapping[int, float], keep: int) -> Cut:
     keep = min(keep, len(ranking))
     ranks = dict(zip(ranking, range(1, len(ranking) + 1), strict=True))
     return Cut(ranks=ranks, keep=keep, value=values[ranking[keep - 1]])
+
+
+def bounded(values: ArrayLike) -> NDArray[np.float64]:
+    """The values moved into [-1e100, 1e100], NaN left as it is, in the shape given.
+
+    Where a loss explodes before it is infinite, squares and differences of its values would overflow.
+
+    >>> bounded([0.5, -1e300, float("nan")]).tolist()
+    [0.5, -1e+100, nan]
+    """
+    return np.clip(np.asarray(values, dtype=np.float64), -1e100, 1e100)
 
 
 def rank_key(value: float, number: int) -> tuple[bool, float, int]:

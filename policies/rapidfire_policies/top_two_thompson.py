@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from rapidfire_policies._arguments import check_int, check_level, check_number
 from rapidfire_policies.base import Decision, History, Policy, TrialHistory, TrialState, Verdict
+from rapidfire_policies.rungs import bounded
 from rapidfire_policies.survivors import is_finite, keep_one
 
 _DRAWS = 256
@@ -159,7 +160,7 @@ class _Belief:
         fits = {trial.number: fit for trial in history.trials if (fit := _fit(trial, history.chunks)) is not None}
         slope = float(np.median([fit.slope for fit in fits.values()])) if fits else 0.0
         noise = float(np.median([fit.residual for fit in fits.values()])) if fits else 0.0
-        last = np.array([trial.values[-1] for trial in trials])
+        last = bounded([trial.values[-1] for trial in trials])
         done = np.array([_ends_at(trial, history.chunks) for trial in trials], dtype=np.float64)
         left = done**-0.5 - history.chunks**-0.5
         slopes = np.array([fits[trial.number].slope if trial.number in fits else slope for trial in trials])
@@ -207,7 +208,7 @@ def _fit(trial: TrialHistory, chunks: int) -> _Fit | None:
     values = np.array(trial.values[-window:])
     x = np.arange(trial.resource - len(values) + 1.0, trial.resource + 1.0) ** -0.5
     finite = np.isfinite(values)
-    x, values = x[finite], values[finite]
+    x, values = x[finite], bounded(values[finite])
     if len(values) < 3:
         return None
     # Large finite values (a loss that explodes) would overflow in the squares.

@@ -150,7 +150,7 @@ def history(
                 number=record.number,
                 values=tuple(values[record.number]),
                 state=record.state,
-                scores=tuple(signs[0] * np.asarray(s) for s in record.scores if len(s)) if one else (),
+                scores=_signed(record.scores, signs[0]) if one else (),
                 costs=tuple(map(float, record.tokens if cost == "tokens" else record.seconds)),
                 params=dict(record.params),
                 metrics={name: tuple(numbers) for name, numbers in record.metrics.items()},
@@ -160,6 +160,11 @@ def history(
         chunks=chunks,
         slots=slots,
     )
+
+
+def _signed(scores: Sequence[NDArray[np.float64]], sign: float) -> tuple[NDArray[np.float64], ...]:
+    """The scores by chunk, empty for a chunk without; nothing if no chunk has any."""
+    return tuple(sign * np.asarray(of_chunk) for of_chunk in scores) if any(map(len, scores)) else ()
 
 
 def _ranked(records: Sequence[TrialRecord], signs: NDArray[np.float64]) -> dict[int, list[float]]:

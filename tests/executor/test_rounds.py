@@ -17,8 +17,11 @@ from torch.nn import functional as F
 
 from rapidfire_automl import RapidFireExecutor
 from rapidfire_automl.chunks import chunk_boundaries
+from rapidfire_automl.executor import rounds
 from rapidfire_automl.plan import Plan
+from rapidfire_automl.records import TrialRecord
 from rapidfire_policies import ASHA, TrialState
+from rapidfire_policies.paired import look_at
 from tests.executor.searches import (
     HELD_OUT,
     LRS,
@@ -202,6 +205,19 @@ def test_one_decision_a_round_over_the_whole_history(direction: str, cost: Liter
                 np.testing.assert_array_equal(scores, sign * kept)
             assert trial.costs == tuple(getattr(record, cost)[: trial.resource])
             assert min(trial.costs) > 0
+
+
+def test_scores_stay_with_their_chunk_where_a_metric_gives_none_at_another() -> None:
+    none, some = np.empty(0), np.array([0.0, 1.0])
+    kept, bare = TrialRecord(0), TrialRecord(1)
+    for value, scores in ((0.9, none), (0.5, some), (0.7, none)):
+        kept.add_chunk((value,), scores, {}, 1.0, 1)
+        bare.add_chunk((value,), none, {}, 1.0, 1)
+    trials = rounds.history([kept, bare], minimize=[False], chunks=4, slots=2).trials
+    assert [scores.tolist() for scores in trials[0].scores] == [[], [0.0, -1.0], []]
+    assert trials[1].scores == ()
+    assert look_at(trials, 2).numbers == (0,)
+    assert look_at(trials, 3).numbers == ()
 
 
 def test_steps_are_paced_within_a_round() -> None:

@@ -84,10 +84,28 @@ def test_so_they_do_with_other_hyperparameters(policy: Policy) -> None:
     testing.check_policy(policy)
 
 
+@pytest.mark.parametrize("policy", [cls() for cls in EXPORTED], ids=repr)
+@pytest.mark.parametrize("slots", [1, 8, 16])
+@pytest.mark.filterwarnings("error::RuntimeWarning")
+def test_nothing_overflows_where_finite_values_explode(policy: Policy, slots: int) -> None:
+    rng = np.random.default_rng(0)
+    curves = 1 / np.arange(1.0, 13) + rng.random((16, 1))
+    curves[3] = 1e200
+    curves[5, 2:] = 1.7e308
+    curves[7, 4:] = 10.0 ** rng.uniform(0, 308, 8)
+    curves[9, :5] = rng.choice((1.7e308, -1.7e308), 5)
+    trials = tuple(TrialHistory(n, tuple(curve), TrialState.COMPLETE) for n, curve in enumerate(curves.tolist()))
+    for _ in search(policy, History(trials, chunks=12, slots=slots)):
+        pass
+
+
 def test_policies_need_neither_torch_nor_optuna_nor_the_library() -> None:
     code = (
         "import sys, rapidfire_policies, rapidfire_policies.testing\n"
-        "assert not {'torch', 'optuna', 'rapidfire_automl'} & set(sys.modules)"
+        "assert not {'torch', 'optuna', 'rapidfire_automl'} & set(sys.modules)\n"
+        # Nor the half second that scipy.stats takes, at the import or at the first verdict.
+        "rapidfire_policies.testing.check_policy(rapidfire_policies.Wilcoxon())\n"
+        "assert 'scipy.stats' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True, env={**os.environ, "PYTHONPATH": PACKAGES})
 

@@ -274,16 +274,18 @@ def test_bad_alpha(cls: type[Policy], alpha: object) -> None:
         cls(alpha=alpha)  # type: ignore[call-arg]
 
 
-@pytest.mark.parametrize(("low", "high"), [(1.0, 1.0), (1.0, 0.0), (0.0, math.inf), (math.nan, 1.0)])
-def test_bad_bounds(low: float, high: float) -> None:
+@pytest.mark.parametrize(
+    ("low", "high"), [(1.0, 1.0), (1.0, 0.0), (0.0, math.inf), (math.nan, 1.0), ("0", 1.0), (0.0, None)]
+)
+def test_bad_bounds(low: object, high: object) -> None:
     with pytest.raises(ValueError, match="`low` and `high` must be finite"):
-        BettingRace(low=low, high=high)
+        BettingRace(low=low, high=high)  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("margin", [-0.1, math.inf, math.nan])
-def test_bad_margin(margin: float) -> None:
-    with pytest.raises(ValueError, match="`margin` must be finite and >= 0"):
-        NonInferior(margin=margin)
+@pytest.mark.parametrize("margin", [-0.1, math.inf, math.nan, "0.1", None])
+def test_bad_margin(margin: object) -> None:
+    with pytest.raises(ValueError, match="`margin` must be a number >= 0, got "):
+        NonInferior(margin=margin)  # type: ignore[arg-type]
 
 
 # -- 300 null simulations ------------------------------------------------------------------------------------------

@@ -102,7 +102,10 @@ def test_what_diverged_is_stopped_and_earlier_gaps_are_bridged() -> None:
     assert verdicts(RisingBound(keep=1), bridged, (0.3, 0.2, 0.1, 0.1))[0] is Verdict.CONTINUE
 
 
-@pytest.mark.parametrize("arguments", [{"window": 0}, {"keep": 0}, {"growth": 1.0}, {"growth": -0.1}, {"window": True}])
-def test_bad_arguments(arguments: dict[str, float]) -> None:
+@pytest.mark.parametrize(
+    "arguments",
+    [{"window": 0}, {"keep": 0}, {"growth": 1.0}, {"growth": -0.1}, {"growth": "0.3"}, {"window": True}],
+)
+def test_bad_arguments(arguments: dict[str, object]) -> None:
     with pytest.raises(ValueError, match=f"`{next(iter(arguments))}` must be"):
         RisingBound(**arguments)  # type: ignore[arg-type]
