@@ -321,12 +321,12 @@ class Replay:
 def replay(
     curves: ArrayLike,
     policy: Policy | optuna.pruners.BasePruner,
-    *,
     slots: int = 8,
     seed: int = 0,
     scores: ArrayLike | None = None,
     costs: ArrayLike | None = None,
     sampler: optuna.samplers.BaseSampler | None = None,
+    *,
     params: Sequence[Mapping[str, Any]] | None = None,
     n_trials: int | None = None,
     max_alive: int | None = None,
