@@ -7,9 +7,9 @@ from typing import Any
 import numpy as np
 import pytest
 
+from rapidfire_automl.replay import replay
 from rapidfire_policies import CostAware, Policy, SequentialHalving, TopTwoThompson
 from tests.executor.searches import LRS, search
-from tests.policies.simulated import simulate
 
 pytestmark = pytest.mark.slow
 
@@ -27,9 +27,9 @@ def test_it_does_what_the_simulation_says(policy: Policy, max_paused: int) -> No
     done = search(LRS[:6], policy, slots=2, max_paused=max_paused, chunks=6, metric=made_up)
     curves = np.array([[abs(n - 2) + 1.0 / step for step in range(1, 7)] for n in range(6)])
     costs = np.array([[record.tokens[0]] * 6 for record in done.executor.records.values()], dtype=float)
-    expected = simulate(policy, curves, slots=2, most=2 + max_paused, costs=costs)
+    expected = replay(curves, policy, slots=2, max_alive=2 + max_paused, costs=costs)
     if not isinstance(policy, CostAware):  # tokens of equal shares of the examples differ a little
-        assert [len(values) for values in done.values().values()] == expected.done
+        assert [len(values) for values in done.values().values()] == expected.resource.tolist()
     assert done.study.best_trial.params["lr"] == LRS[2]
     assert set(done.states()) == {"COMPLETE", "PRUNED"}
     assert sum(map(len, done.values().values())) < 30

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 import pytest
 
+from rapidfire_automl.replay import replay
 from rapidfire_policies import (
     ASHA,
     CostAware,
@@ -24,7 +25,6 @@ from rapidfire_policies import (
     Verdict,
     testing,
 )
-from tests.policies.simulated import simulate
 
 INNER = [ASHA(), ASHA(reduction_factor=2), Median(), Nop(), SequentialHalving(), TopTwoThompson()]
 
@@ -173,12 +173,12 @@ def test_searches_end_with_the_best_trial_and_dear_bad_ones_cost_less(inner: Pol
     t = np.arange(1, 13) ** -0.5
     curves = np.arange(16.0)[:, None] / 16 + t
     costs = np.where(np.arange(16)[:, None] % 4 == 3, 8.0, 1.0) + np.zeros((16, 12))
-    aware = simulate(CostAware(inner), curves, slots=4, costs=costs)
-    plain = simulate(inner, curves, slots=4, costs=costs)
-    assert 0 in aware.ending(TrialState.COMPLETE)
-    assert aware.ending(TrialState.RUNNING) == aware.ending(TrialState.PAUSED) == set()
+    aware = replay(curves, CostAware(inner), slots=4, costs=costs, max_alive=8)
+    plain = replay(curves, inner, slots=4, costs=costs, max_alive=8)
+    assert 0 in aware.complete
+    assert len(aware.stopped | aware.complete) == len(aware.resource)
     dear = range(3, 16, 4)
-    assert sum(aware.done[n] for n in dear) <= sum(plain.done[n] for n in dear)
+    assert sum(aware.resource[n] for n in dear) <= sum(plain.resource[n] for n in dear)
 
 
 def test_a_tiny_unit_counts_as_a_64th_of_a_chunk() -> None:

@@ -7,8 +7,8 @@ import math
 import numpy as np
 import pytest
 
+from rapidfire_automl.replay import replay
 from rapidfire_policies import History, SequentialHalving, TrialHistory, TrialState
-from tests.policies.simulated import simulate
 
 
 def by_the_book(curves: np.ndarray, budget: int) -> list[int]:
@@ -48,7 +48,7 @@ def test_by_default_the_last_round_ends_whole_trials() -> None:
     # A round is 7 chunks / (1/8 + 1/4 + 1/2) = 8 chunks: the two last ones end theirs as complete.
     assert SequentialHalving().resources(8, chunks=7) == (1, 3)
     curves = np.arange(8.0)[:, None] + np.zeros((8, 7))
-    assert simulate(SequentialHalving(), curves, slots=8).done == [7, 7, 3, 3, 1, 1, 1, 1]
+    assert replay(curves, SequentialHalving(), slots=8, max_alive=16).resource.tolist() == [7, 7, 3, 3, 1, 1, 1, 1]
 
 
 @pytest.mark.parametrize("slots", [1, 3, 8, 16])
@@ -56,9 +56,9 @@ def test_by_default_the_last_round_ends_whole_trials() -> None:
 @pytest.mark.parametrize("budget", [1, 24, 64])
 def test_it_is_the_papers_algorithm_whatever_the_slots(trials: int, slots: int, budget: int) -> None:
     curves = np.random.default_rng(trials).permutation(trials * 12).reshape(trials, 12).astype(float)
-    found = simulate(SequentialHalving(budget=budget), curves, slots=slots, most=max(slots, trials))
-    assert found.done == by_the_book(curves, budget)
-    assert found.widest == min(slots, trials)
+    found = replay(curves, SequentialHalving(budget=budget), slots=slots, max_alive=max(slots, trials))
+    assert found.resource.tolist() == by_the_book(curves, budget)
+    assert found.slot_rounds.max() == min(slots, trials)
     rounds = len(SequentialHalving(budget=budget).resources(trials, 12))
     assert found.chunks <= max(budget, 2 * trials + rounds) + 12
 
@@ -66,10 +66,10 @@ def test_it_is_the_papers_algorithm_whatever_the_slots(trials: int, slots: int, 
 def test_more_trials_than_can_live_come_in_waves_and_end() -> None:
     random = np.random.default_rng(0)
     curves = random.permutation(40)[:, None] + random.normal(size=(40, 9)) / 4
-    found = simulate(SequentialHalving(), curves, slots=4)
-    assert all(found.done)
-    assert int(curves[:, -1].argmin()) in found.ending(TrialState.COMPLETE)
-    assert found.ending(TrialState.RUNNING) == found.ending(TrialState.PAUSED) == set()
+    found = replay(curves, SequentialHalving(), slots=4, max_alive=8)
+    assert all(found.resource)
+    assert int(curves[:, -1].argmin()) in found.complete
+    assert len(found.stopped | found.complete) == len(found.resource)
     assert found.chunks < 40 * 9 / 2
 
 

@@ -8,8 +8,8 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from rapidfire_automl.replay import replay
 from rapidfire_policies import History, TopTwoThompson, TrialHistory, TrialState
-from tests.policies.simulated import simulate
 
 
 def falling(ends: list[float], chunks: int = 16, noise: float = 0.0) -> np.ndarray:
@@ -103,18 +103,18 @@ def test_draws_repeat_with_the_seed_and_change_with_the_chunks_done() -> None:
 @pytest.mark.parametrize("trials", [1, 2, 16, 40])
 def test_a_search_ends_with_the_best_trial_within_its_budget(trials: int, noise: float, slots: int) -> None:
     ends = [0.1 + 0.05 * i for i in range(trials)]
-    found = simulate(TopTwoThompson(), falling(ends, noise=noise), slots=slots)
-    assert 0 in found.ending(TrialState.COMPLETE)
-    assert found.ending(TrialState.RUNNING) == found.ending(TrialState.PAUSED) == set()
-    assert all(found.done)
+    found = replay(falling(ends, noise=noise), TopTwoThompson(), slots=slots, max_alive=2 * slots)
+    assert 0 in found.complete
+    assert len(found.stopped | found.complete) == len(found.resource)
+    assert all(found.resource)
     if trials > max(2, slots):
         assert found.chunks < 0.5 * trials * 16
 
 
 @pytest.mark.parametrize("budget", [1, 20, 60])
 def test_equal_trials_are_ended_by_the_budget(budget: int) -> None:
-    found = simulate(TopTwoThompson(budget=budget), falling([0.5] * 8), slots=4)
-    assert len(found.ending(TrialState.COMPLETE)) >= 1
+    found = replay(falling([0.5] * 8), TopTwoThompson(budget=budget), slots=4, max_alive=8)
+    assert len(found.complete) >= 1
     assert found.chunks <= budget + 4 + 16 + 8
 
 
