@@ -104,7 +104,7 @@ def test_json_is_all_there_is_on_stdout(folder: Path, monkeypatch: pytest.Monkey
         (["-s", "search.sampler=grid"], "`space.learning_rate` is a range, and a grid needs lists"),
         (["-s", "search.sampler=tpee"], "`search.sampler` must be one of tpe"),
         (["-s", "search.policy=asa"], "Did you mean `asha`?"),
-        (["-s", "search.policy.reduction=3"], "`reduction_factor`"),
+        (["-s", "search.policy.budge=3"], "`budget`"),
         (["-s", "search.metric=none"], "`search.metric` must be one of nll"),
         (["-s", "base=./nowhere"], "`base.model`: there is no folder ./nowhere"),
         (["-s", "lora.bias=all"], "unfreezes biases of the base"),
