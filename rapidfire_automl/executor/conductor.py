@@ -20,6 +20,7 @@ from rapidfire_automl.executor.context import TrialContext
 from rapidfire_automl.executor.passes import Multiplexer, OpenPass, Part
 from rapidfire_automl.executor.requests import Backward, Boundary, Forward, Pace
 from rapidfire_automl.executor.seams import is_out_of_memory
+from rapidfire_automl.memory import give_back
 from rapidfire_automl.plan import Plan
 from rapidfire_policies.base import Decision, TrialState, Verdict
 
@@ -353,10 +354,13 @@ class Conductor:
             arm.decision = decisions.get(arm.number, Decision(Verdict.PAUSE))
 
     def _retire(self, retire: Callable[[Arm], None]) -> None:
-        for arm in [arm for arm in self._arms if arm.done]:
+        done = [arm for arm in self._arms if arm.done]
+        for arm in done:
             self._take_slot(arm)
             self._arms.remove(arm)
             retire(arm)
+        if done:
+            give_back(1)
 
     def _dismiss(self, retire: Callable[[Arm], None]) -> None:
         """Cancelled: let every thread run into `Leave`, one after the other."""

@@ -36,6 +36,7 @@ from rapidfire_automl.executor.loading import ModelLike, load_base, load_tokeniz
 from rapidfire_automl.executor.planner import plan_for
 from rapidfire_automl.executor.runner import Builder, Outcome, Runner
 from rapidfire_automl.executor.sources import Arrivals, Asking
+from rapidfire_automl.memory import give_back
 from rapidfire_automl.plan import Plan
 from rapidfire_automl.records import TrialRecord
 from rapidfire_policies.base import TrialState
@@ -282,7 +283,6 @@ class RapidFireExecutor:
             finally:
                 if local is not None:
                     local.in_optimize_loop = False
-            gc.collect(1)
 
         if hasattr(study, "_stop_flag"):
             study._stop_flag = False
@@ -323,7 +323,7 @@ class RapidFireExecutor:
         self._exit.close()
         self._base = self._conductor = self._runner = self._arrivals = self._thread = None
         gc.unfreeze()
-        gc.collect()
+        give_back()
 
     def __enter__(self) -> RapidFireExecutor:
         self._open(serving=None)

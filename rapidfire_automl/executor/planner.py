@@ -21,6 +21,7 @@ from rapidfire_automl.executor import attention, seams
 from rapidfire_automl.executor.base import Base
 from rapidfire_automl.executor.context import generators_of_its_own
 from rapidfire_automl.executor.requests import Forward
+from rapidfire_automl.memory import give_back
 from rapidfire_automl.plan import Plan, choose
 
 logger = logging.getLogger("rapidfire_automl")
@@ -49,6 +50,7 @@ def plan_for(base: Base, slots: int) -> Plan:
         with contextlib.suppress(ValueError):
             return _in_this_process.setdefault(quiet, Plan.load(path))
     plan = _in_this_process[quiet] = calibrate(base)
+    give_back()
     path = busy if while_busy else quiet
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
