@@ -276,6 +276,7 @@ BAD: dict[str, tuple[Build, str]] = {
 
 
 @pytest.mark.parametrize("name", BAD)
+@pytest.mark.slow
 def test_a_bad_trial_fails_alone(name: str, untroubled: Done) -> None:
     bad, message = BAD[name]
     model = tiny_model()
@@ -372,6 +373,7 @@ HARMLESS_TO_OTHERS: dict[str, tuple[Callable[[Any], None], str]] = {
 
 
 @pytest.mark.parametrize("name", HARMLESS_TO_OTHERS)
+@pytest.mark.slow
 def test_a_trial_that_touches_the_base_fails_alone(name: str, untroubled: Done) -> None:
     touch, message = HARMLESS_TO_OTHERS[name]
     model = tiny_model()

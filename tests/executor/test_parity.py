@@ -210,6 +210,7 @@ def test_trials_that_differ_in_every_knob(base: LlamaForCausalLM, tmp_path: Path
     assert_parity(together, alone, list(specs))
 
 
+@pytest.mark.slow
 def test_sft_and_dpo_side_by_side(base: LlamaForCausalLM, tmp_path: Path) -> None:
     names = ["rsLoRA, dropout, ragged accumulation", "label smoothing, dropout", "DFT", "IPO, checkpointing"]
     specs = [short((SFT | DPO)[name]) for name in names]
@@ -413,6 +414,7 @@ def test_one_step_gradients_in_float64(tmp_path: Path, checkpointing: bool, monk
     print(f"float64 gradients: {worst:.1e}")
 
 
+@pytest.mark.slow
 def test_precisions_side_by_side(base: LlamaForCausalLM, tmp_path: Path) -> None:
     """TRL's default, bf16 autocast, on a float32 base, beside a trial in float32."""
     specs = [

@@ -86,6 +86,7 @@ def test_summary_counts_the_cells_that_hold() -> None:
     assert (summary["A"]["cells"], summary["A"]["hold"], summary["A"]["worst"]["0.1"]["rate"]) == (2, 1, 0.2)
 
 
+@pytest.mark.slow
 def test_the_script(tmp_path: Path) -> None:
     (tmp_path / "config.toml").write_text(CONFIG, encoding="utf-8")
     subprocess.run(

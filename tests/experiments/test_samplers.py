@@ -44,6 +44,7 @@ def test_unknown_samplers_are_refused() -> None:
         make("grid", 0)
 
 
+@pytest.mark.slow
 def test_the_whole_script(tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
     hp = rng.random((40, 2))
