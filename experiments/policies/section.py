@@ -90,7 +90,7 @@ def _auto(results: Mapping[str, Any]) -> list[str]:
     kept, held_out = round(auto["share"] * auto["cells"]), ""
     if auto["held_out_cells"]:
         good = round(auto["held_out_share"] * auto["held_out_cells"])
-        held_out = f" ({good} of the {auto['held_out_cells']} that no default was chosen on)"
+        held_out = f" ({good} of the {auto['held_out_cells']} outside the half that tune.py reads)"
     return [
         f"No baseline or rival is both faster and better than `{auto['setting']}`, beyond the noise, on {kept} of "
         f"{auto['cells']} pairs of a table and a number of slots{held_out}.",

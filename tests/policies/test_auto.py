@@ -66,7 +66,7 @@ def test_quality_on_recorded_curves(slots: int) -> None:
     assert Verdict.STOP in {verdict.verdict for verdict in result.verdicts}
 
 
-def test_the_settings_are_those_that_were_chosen_on_half_of_the_tables() -> None:
+def test_the_settings_are_those_that_tune_reports() -> None:
     path = Path(__file__).resolve().parents[2] / "experiments" / "policies" / "tune.json"
     chosen = json.loads(path.read_text(encoding="utf-8"))["chosen"]
     curves = np.random.default_rng(0).normal(size=(64, 30)).cumsum(axis=1)
