@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from rapidfire_automl.pruners import PolicyPruner
     from rapidfire_automl.replay import replay as replay
     from rapidfire_automl.samplers import ChunkSampler
+    from rapidfire_automl.sampling import Sampling
     from rapidfire_automl.search import SearchResult, run_search
     from rapidfire_automl.space import List, Range
 
@@ -40,6 +41,7 @@ _MODULES = {
     "RFSFTConfig": "configs",
     "Range": "space",
     "RapidFireExecutor": "executor",
+    "Sampling": "sampling",
     "SearchResult": "search",
     "replay": "replay",
     "run_search": "search",
@@ -62,6 +64,7 @@ __all__ = [
     "RFSFTConfig",
     "Range",
     "RapidFireExecutor",
+    "Sampling",
     "SearchResult",
     "__version__",
     "replay",

@@ -28,6 +28,7 @@ class TrialRecord:
         metrics: What else the trainer logged, by name: the mean over each chunk, NaN where it logged nothing.
         seconds: What each chunk cost; the time of a joint pass is split over its trials by tokens.
         tokens: Real (not padding) tokens trained in each chunk.
+        generated: Tokens generated for training in each chunk; those of an evaluation, the same for all, don't count.
         boundaries: Optimizer step at which each chunk ends.
         verdicts: `(chunk, verdict, reason)`, in order.
         spans: `(start_s, end_s)` in which it held a slot, in seconds since the executor was entered.
@@ -48,6 +49,7 @@ class TrialRecord:
     metrics: dict[str, list[float]] = field(default_factory=dict)
     seconds: list[float] = field(default_factory=list)
     tokens: list[int] = field(default_factory=list)
+    generated: list[int] = field(default_factory=list)
     boundaries: list[int] = field(default_factory=list)
     verdicts: list[tuple[int, str, str]] = field(default_factory=list)
     spans: list[tuple[float, float]] = field(default_factory=list)
@@ -70,6 +72,7 @@ class TrialRecord:
         metrics: Mapping[str, float],
         seconds: float,
         tokens: int,
+        generated: int = 0,
     ) -> None:
         """Take down what a chunk came to.
 
@@ -79,6 +82,7 @@ class TrialRecord:
             metrics: What the trainer logged in the chunk.
             seconds: What it cost.
             tokens: What it trained.
+            generated: What it generated to train on.
         """
         done = len(self.values)
         self.values.append(vector[0])
@@ -87,5 +91,6 @@ class TrialRecord:
         self.scores.append(scores)
         self.seconds.append(seconds)
         self.tokens.append(tokens)
+        self.generated.append(generated)
         for name in sorted({*self.metrics, *metrics}):
             self.metrics.setdefault(name, [math.nan] * done).append(metrics.get(name, math.nan))
