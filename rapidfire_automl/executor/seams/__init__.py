@@ -21,9 +21,17 @@ from rapidfire_automl.executor.seams.clones import (
     checkpointing_layers,
     decoder_of,
     device_of,
+    keep_head_contiguous,
     share_clone,
     shared_head,
     why_unfusable_base,
+)
+from rapidfire_automl.executor.seams.rewards import (
+    has_rollouts,
+    sample_rewards,
+    sampling_as,
+    why_no_rewards,
+    why_refused,
 )
 from rapidfire_automl.executor.seams.selfcheck import Probe, is_half, is_out_of_memory, self_check
 from rapidfire_automl.executor.seams.trainer import Seam, autocast_dtype, fused_head_settings
@@ -39,12 +47,18 @@ __all__ = [
     "find_sites",
     "fused_head_settings",
     "guarded_injection",
+    "has_rollouts",
     "is_half",
     "is_out_of_memory",
+    "keep_head_contiguous",
     "refuse",
+    "sample_rewards",
+    "sampling_as",
     "self_check",
     "share_clone",
     "shared_head",
+    "why_no_rewards",
+    "why_refused",
     "why_unfusable_args",
     "why_unfusable_base",
 ]

@@ -12,12 +12,13 @@ import torch
 from peft import PeftModel
 from peft.tuners.lora.layer import LoraLayer
 from torch import Tensor, nn
-from transformers import Trainer
+from transformers import PreTrainedModel, Trainer
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast
 from trl.trainer.utils import FusedCausalLMOutput
 
 from rapidfire_automl.executor.requests import Backward, Forward, HeadSpec
+from rapidfire_automl.executor.seams import rewards, rollouts
 from rapidfire_automl.executor.seams.clones import decoder_of
 
 Submit = Callable[[Any], Any]
@@ -66,6 +67,7 @@ class Seam:
         trainer: The trial's trainer.
         model: Its PEFT model.
         submit: Files a request and returns its answer, in the trial's thread.
+        generated: Called with the tokens of a rollout that is not handed over.
         fused: Whether forwards are handed over; the backward and the pace are in any case.
         pace: Called before a training forward, with the real tokens in it if it is not handed over.
     """
@@ -74,6 +76,7 @@ class Seam:
     model: PeftModel
     submit: Submit
     pace: Callable[[int], None]
+    generated: Callable[[int], None]
     fused: bool
     joint_head: bool
     notes: list[str] = field(default_factory=list)
@@ -85,11 +88,13 @@ class Seam:
 
     def open(self) -> None:
         """Put the cuts in place."""
-        causal = self.model.get_base_model()
+        causal: Any = self.model.get_base_model()
         decoder = decoder_of(causal)
         self._checkpointed = next((m for m in decoder.modules() if isinstance(m, GradientCheckpointingLayer)), None)
         self._adapted = next((m for m in decoder.modules() if isinstance(m, LoraLayer)), None)
         self._cut_decoder(decoder)
+        self._cut_generate(causal)
+        self._undo += rewards.watch(self.trainer)
         if self.fused and self.joint_head:
             spec = fused_head_settings(causal.forward)
             if spec is None:
@@ -139,7 +144,7 @@ class Seam:
             grad=grad,
             autocast=autocast_dtype(ids.device.type),
             checkpointing=grad and layer is not None and layer.gradient_checkpointing and layer.training,
-            adapter=not self._off and not (self._adapted is not None and self._adapted.disable_adapters),
+            adapter=self._adapter_is_on(),
         )
 
     def _cut_decoder(self, decoder: nn.Module) -> None:
@@ -157,6 +162,29 @@ class Seam:
             return BaseModelOutputWithPast(last_hidden_state=self.submit(request))
 
         self._replace(decoder, "forward", forward)
+
+    def _cut_generate(self, causal: PreTrainedModel) -> None:
+        """Transformers prepares a rollout; its decoding is handed over."""
+        own = causal.generate
+        device = next(causal.parameters()).device.type
+        decode = rollouts.decoder(
+            self.submit,
+            autocast=lambda: autocast_dtype(device),
+            adapter=self._adapter_is_on,
+        )
+
+        def generate(*args: Any, **kwargs: Any) -> Any:
+            if self.fused and not args and rollouts.can_join(causal, kwargs):
+                return own(custom_generate=decode, **kwargs)
+            made = own(*args, **kwargs)
+            if causal.training:
+                self.generated(rollouts.count_new(made, args[0] if args else kwargs.get("input_ids"), causal))
+            return made
+
+        self._replace(causal, "generate", generate)
+
+    def _adapter_is_on(self) -> bool:
+        return not self._off and not (self._adapted is not None and self._adapted.disable_adapters)
 
     def _cut_head(self, causal: nn.Module, decoder: nn.Module, spec: HeadSpec) -> None:
         own = causal.forward
