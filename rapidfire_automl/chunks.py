@@ -68,6 +68,57 @@ def chunk_boundaries(examples_per_epoch: int, examples_per_step: int, max_steps:
     return tuple(boundaries)
 
 
+def generation_boundaries(
+    batches_per_epoch: int, accumulation: int, generate_every: int, max_steps: int, chunks: int
+) -> tuple[int, ...]:
+    """Where the chunks of a trial end that trains on its own rollouts: where it has used up those it has made.
+
+    Such a trainer makes rollouts every `generate_every` batches and trains on them batch by batch. A chunk ends with
+    the first step at such a place after which at least `k / chunks` of all batches have been trained; the last with the
+    last step.
+
+    Args:
+        batches_per_epoch: Batches of one pass over the prompts, repetitions included.
+        accumulation: Batches of an optimizer step; fewer at an epoch's end where the division leaves a rest.
+        generate_every: Batches between two rollouts.
+        max_steps: Optimizer steps of the whole trial.
+        chunks: Chunks of the whole trial.
+
+    Returns:
+        `chunks` steps, strictly increasing, the last one `max_steps`.
+
+    Raises:
+        ValueError: A size is below 1, or there are fewer such places than chunks.
+
+    >>> generation_boundaries(batches_per_epoch=16, accumulation=1, generate_every=4, max_steps=16, chunks=3)
+    (8, 12, 16)
+    """
+    _check(
+        batches_per_epoch=batches_per_epoch,
+        accumulation=accumulation,
+        generate_every=generate_every,
+        max_steps=max_steps,
+        chunks=chunks,
+    )
+    used = [examples_after(batches_per_epoch, accumulation, step) for step in range(max_steps + 1)]
+    places = [step for step in range(1, max_steps) if used[step] % generate_every == 0] + [max_steps]
+    if len(places) < chunks:
+        raise ValueError(
+            f"`chunks` must be <= the {len(places)} times a trial makes rollouts, got {chunks}. Use fewer chunks, or "
+            "more steps; a chunk ends only where all rollouts have been trained on (`steps_per_generation` x "
+            "`num_iterations` batches)."
+        )
+    boundaries: list[int] = []
+    first = 0
+    for k in range(1, chunks + 1):
+        last = len(places) - (chunks - k)  # leaves a place for each chunk to come
+        while first < last - 1 and used[places[first]] * chunks < k * used[max_steps]:
+            first += 1
+        boundaries.append(places[first])
+        first += 1
+    return tuple(boundaries)
+
+
 def _check(**sizes: int) -> None:
     for name, size in sizes.items():
         if size < 1:

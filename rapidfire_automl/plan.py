@@ -32,6 +32,7 @@ class Plan:
         budget_tokens: Most padded tokens of a pass with several trials; a single trial's request may be larger.
         trials_per_pass: Most trials of a pass, None for no limit; 1 is time-slicing with free adapter swaps.
         max_padding: A request joins a pass only while padded tokens stay below this multiple of the real ones.
+        rollout_rows: Most rows of a joint rollout of several trials; a single trial's may have more.
         reason: Why, for people.
         tokens_per_s: What calibration measured: pass size in tokens to throughput, forward and backward.
         short_attention: By dtype, the widest sequence for which a CPU computes attention without the stock kernel.
@@ -40,6 +41,7 @@ class Plan:
     budget_tokens: int = 4096
     trials_per_pass: int | None = None
     max_padding: float = 1.35
+    rollout_rows: int = 256
     reason: str = "default"
     tokens_per_s: tuple[tuple[int, float], ...] = ()
     short_attention: tuple[tuple[str, int], ...] = (("bfloat16", 256), ("float32", 64))
@@ -49,6 +51,8 @@ class Plan:
             raise ValueError(f"`budget_tokens` must be >= 1, got {self.budget_tokens}.")
         if self.trials_per_pass is not None and self.trials_per_pass < 1:
             raise ValueError(f"`trials_per_pass` must be >= 1 or None, got {self.trials_per_pass}.")
+        if self.rollout_rows < 1:
+            raise ValueError(f"`rollout_rows` must be >= 1, got {self.rollout_rows}.")
 
     def halved(self) -> Plan:
         """The plan after a pass ran out of memory."""

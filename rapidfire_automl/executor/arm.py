@@ -47,6 +47,7 @@ class Arm:
     done: bool = False
     chunk_seconds: float = 0.0
     chunk_tokens: int = 0
+    chunk_generated: int = 0
     step: int = 0
     asked: int = 0
     span_start_s: float = 0.0

@@ -11,6 +11,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any, Protocol
 
 import torch
@@ -18,7 +19,8 @@ import torch
 from rapidfire_automl.executor.arm import Arm, Leave
 from rapidfire_automl.executor.context import TrialContext
 from rapidfire_automl.executor.passes import Multiplexer, OpenPass, Part
-from rapidfire_automl.executor.requests import Backward, Boundary, Forward, Pace
+from rapidfire_automl.executor.requests import Backward, Boundary, Forward, Generate, Pace
+from rapidfire_automl.executor.rolling import Rolling
 from rapidfire_automl.executor.seams import is_out_of_memory
 from rapidfire_automl.memory import give_back
 from rapidfire_automl.plan import Plan
@@ -74,6 +76,7 @@ class Conductor:
         self.most = most
         self.plan = plan
         self.multiplexer: Multiplexer | None = None
+        self.rolling = Rolling()
         self._judge = judge
         self._tell = tell
         self._clock = clock
@@ -250,7 +253,21 @@ class Conductor:
         for group in free or by_need[:1]:
             self._forward(group)
             ready += group
+        if not ready:  # last of all, so that as many as possible roll out together
+            ready = self._roll_out([arm for arm in live if isinstance(arm.request, Generate)])
         return sorted(ready, key=lambda arm: arm.number)
+
+    def _roll_out(self, waiting: Sequence[Arm]) -> list[Arm]:
+        """Roll out jointly; out of memory means fewer rows at a time."""
+        if not waiting:
+            return []
+        assert self.multiplexer is not None
+        return self.rolling.serve(self.multiplexer, waiting, self.plan, self._fewer_rows)
+
+    def _fewer_rows(self, rows: int) -> Plan:
+        self._out_of_memory()
+        self.plan = replace(self.plan, rollout_rows=max(1, rows // 2))
+        return self.plan
 
     def _forward(self, arms: Sequence[Arm]) -> None:
         assert self.multiplexer is not None

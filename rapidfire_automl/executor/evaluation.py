@@ -21,6 +21,9 @@ from torch.nn import functional as F
 from transformers import Trainer
 from trl import DPOTrainer, SFTTrainer
 
+from rapidfire_automl.executor import seams
+from rapidfire_automl.sampling import Sampling
+
 Metric = Callable[[Trainer], Any]
 """From a trainer to a number or to one score an example; to several of them in a study with several objectives."""
 PREFERENCE_BETA = 0.1
@@ -53,11 +56,14 @@ class Evaluator:
     Args:
         metric: A built-in's name, a callable on the trainer, None for the trainer's own built-in, or a sequence of
             those, one an objective.
-        batch_size: Examples of a forward.
+        batch_size: Examples of a forward, prompts of a rollout.
+        sampling: How answers are sampled where rewards are compared.
     """
 
     metric: str | Metric | Sequence[str | Metric] | None
     batch_size: int
+    sampling: Sampling = field(default_factory=Sampling)
+    _weights: tuple[float, ...] | None = None
     _batches: dict[str, list[tuple[list[int], dict[str, Tensor]]]] = field(default_factory=dict)
     _reference: dict[str, list[Tensor]] = field(default_factory=dict)
     _keys: WeakKeyDictionary[Trainer, str] = field(default_factory=WeakKeyDictionary)
@@ -116,6 +122,10 @@ class Evaluator:
         was_training = trainer.model.training
         trainer.model.eval()
         try:
+            if name == "reward":
+                rewards = self._rewards(trainer)
+                rewards = -rewards if minimize else rewards
+                return Measured((float(rewards.mean()),), rewards)
             with torch.no_grad(), trainer.compute_loss_context_manager():
                 scores = self._nll(trainer) if name == "nll" else self._preference(trainer, name)
         finally:
@@ -130,12 +140,43 @@ class Evaluator:
             mine = ("nll",)
         elif isinstance(trainer, DPOTrainer):
             mine = ("preference_loss", "preference_accuracy", "reward_margin")
+        elif seams.has_rollouts(trainer):
+            mine = ("reward",)
+            if why := seams.why_no_rewards(trainer):
+                raise TypeError(f"`metric` must be a function for a trainer with {why}.")
         else:
             raise TypeError(f"`metric` must be a function for a {type(trainer).__name__}: it has no built-in one.")
         name = metric or mine[0]
         if name not in mine:
             raise ValueError(f"`metric` must be one of {', '.join(mine)} for a {type(trainer).__name__}, got {name!r}.")
         return name
+
+    def _rewards(self, trainer: Trainer) -> NDArray[np.float64]:
+        """The mean reward of each held-out prompt's answers, sampled alike for all trials."""
+        weights = self.sampling.reward_weights or tuple(trainer.reward_weights.tolist())
+        self._weights = self._weights or weights
+        if weights != self._weights:
+            raise ValueError(
+                f"`reward_weights` differ between trials, {list(weights)} and {list(self._weights)}: their rewards "
+                "don't compare. Give the executor `eval_sampling=Sampling(reward_weights=(...))`."
+            )
+        sets = trainer.eval_dataset
+        parts: list[Dataset] = list(sets.values()) if isinstance(sets, dict) else [sets]
+        rows = [row for part in parts for row in part]
+        if not rows:
+            raise ValueError("`eval_dataset` must not be empty.")
+        scores = []
+        with seams.sampling_as(trainer, self.sampling):
+            for start in range(0, len(rows), self.batch_size):
+                got = seams.sample_rewards(trainer, rows[start : start + self.batch_size], self.sampling)
+                total = (got * torch.tensor(weights, dtype=torch.float64)).nansum(1)
+                total[got.isnan().all(1)] = torch.nan
+                scores.append(total.view(-1, self.sampling.num_generations).nanmean(1))
+        scored: NDArray[np.float64] = torch.cat(scores).numpy()
+        if np.isnan(scored).any():
+            place = int(np.isnan(scored).argmax())
+            raise ValueError(f"No reward function scored the answers to `eval_dataset[{place}]`.")
+        return scored
 
     # -- data --------------------------------------------------------------------------------------------------------
 

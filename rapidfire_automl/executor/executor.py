@@ -39,6 +39,7 @@ from rapidfire_automl.executor.sources import Arrivals, Asking
 from rapidfire_automl.memory import give_back
 from rapidfire_automl.plan import Plan
 from rapidfire_automl.records import TrialRecord
+from rapidfire_automl.sampling import Sampling
 from rapidfire_policies.base import TrialState
 
 logger = logging.getLogger("rapidfire_automl")
@@ -57,11 +58,13 @@ class RapidFireExecutor:
         seed: Of the evaluation and of what runs before a trainer sets its own.
         max_paused: Trials that may live beside those that train, `slots` by default; counts towards `n_jobs`.
         metric: What a trial is worth: None for the trainer's built-in one (SFT: mean token NLL; DPO: preference loss at
-            beta 0.1), a built-in's name ("nll", "preference_loss", "preference_accuracy", "reward_margin"), or a
-            function from a trainer to a number or to one score an example. In a study with k directions, a list of k of
-            these, or a function from a trainer to k numbers, to k rows of scores, or to a mapping of k of either.
+            beta 0.1; GRPO and RLOO: mean reward), a built-in's name ("nll", "preference_loss", "preference_accuracy",
+            "reward_margin", "reward"), or a function from a trainer to a number or to one score an example. In a study
+            with k directions, a list of k of these, or a function from a trainer to k numbers, to k rows of scores, or
+            to a mapping of k of either.
         cost: What a policy sees as the cost of a chunk: trained tokens, the same in every run, or seconds.
-        eval_batch_size: Examples of an evaluation forward.
+        eval_batch_size: Examples of an evaluation forward, prompts of an evaluation's rollout.
+        eval_sampling: How answers are sampled where rewards are compared, alike for all trials.
         plan: How requests are split into joint passes: None to calibrate, a `Plan`, or the path of a recorded one.
         output_dir: Where adapters go, `<output_dir>/trials/<number>/adapter`; a temporary folder by default.
         listeners: Called with every `Event`.
@@ -96,6 +99,7 @@ class RapidFireExecutor:
         metric: str | Metric | Sequence[str | Metric] | None = None,
         cost: Literal["tokens", "seconds"] = "tokens",
         eval_batch_size: int = 16,
+        eval_sampling: Sampling | None = None,
         plan: Plan | str | os.PathLike[str] | None = None,
         output_dir: str | os.PathLike[str] | None = None,
         listeners: Sequence[Listener] = (),
@@ -127,7 +131,7 @@ class RapidFireExecutor:
         self._dtype, self._device = dtype, device
         self._tokenizer = load_tokenizer(model, tokenizer) if tokenizer is not None else None
         self._plan = plan if isinstance(plan, Plan) or plan is None else Plan.load(Path(plan))
-        self._evaluator = Evaluator(metric, eval_batch_size)
+        self._evaluator = Evaluator(metric, eval_batch_size, eval_sampling or Sampling())
         self._output_dir = None if output_dir is None else Path(output_dir)
         self._listeners = list(listeners)
         self._records: dict[int, TrialRecord] = {}

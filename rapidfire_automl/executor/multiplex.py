@@ -29,6 +29,9 @@ class Segment:
         row: The trial's row in the adapter bank.
         sites: Its adapter, empty when it is off.
         generator: Draws the trial's dropout, from the state its own run would be in.
+        drawn: Rows that its own run would draw dropout for, where some of them have left; 0 for all that are here.
+        kept: `(rows,)`, which of the drawn rows are here, or None for all.
+        left: Whether the pass pads it on the left.
     """
 
     start: int
@@ -37,6 +40,9 @@ class Segment:
     row: int
     sites: Mapping[str, LoraSite]
     generator: torch.Generator
+    drawn: int = 0
+    kept: Tensor | None = None
+    left: bool = False
 
     @property
     def rows(self) -> int:
@@ -59,6 +65,8 @@ class JointPass:
         scales: By site: `(trials, 1, 1)`, each trial's scaling.
         anchor: A scalar that asks for a gradient, so that the first layer's adapters get theirs.
         draw_dtype: Dtype of the adapters' parameters, in which PEFT draws dropout.
+        lane: Rows that share an entry of `stacks`; 0: an entry a segment. With trials of 4, 8 and 16 rows, lanes of 4
+            need no padding.
         replaying: Whether a checkpoint is recomputing this pass.
         grads: By site: gradients of `stacks`, filled by the backward.
     """
@@ -69,6 +77,7 @@ class JointPass:
     anchor: Tensor
     device: torch.device
     draw_dtype: torch.dtype = torch.float32
+    lane: int = 0
     replaying: bool = False
     grads: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
     _draws: dict[str, list[Tensor]] = field(default_factory=dict)
@@ -77,18 +86,17 @@ class JointPass:
 
     def __post_init__(self) -> None:
         counts = [segment.rows for segment in self.segments]
-        self.rows_per_trial = max(counts)
-        if len(set(counts)) > 1:
+        self.rows_per_trial = self.lane or max(counts)
+        if len(set(counts)) > 1 and not self.lane:
             places = [i * self.rows_per_trial + j for i, count in enumerate(counts) for j in range(count)]
             self._slots = torch.tensor(places, device=self.device)
 
     def pack(self, x: Tensor) -> Tensor:
         """`(rows, tokens, features)` to `(trials, rows_per_trial * tokens, features)`, padded with zero rows."""
-        trials = len(self.segments)
         if self._slots is not None:
-            padded = x.new_zeros(trials * self.rows_per_trial, *x.shape[1:])
+            padded = x.new_zeros(len(self.segments) * self.rows_per_trial, *x.shape[1:])
             x = padded.index_copy_(0, self._slots, x)
-        return x.reshape(trials, -1, x.shape[-1])
+        return x.reshape(x.shape[0] // self.rows_per_trial, -1, x.shape[-1])
 
     def unpack(self, x: Tensor, tokens: int) -> Tensor:
         """The inverse of `pack`."""
@@ -111,23 +119,44 @@ class JointPass:
         if not any(chances):
             return None
         mask = torch.ones(x.shape, dtype=x.dtype, device=x.device)
-        if self.replaying:
-            states = self._draws[key]
-        else:
-            states = self._draws[key] = [segment.generator.get_state() for segment in self.segments]
-        for segment, chance, state in zip(self.segments, chances, states, strict=True):
+        if not self.replaying and self.anchor.requires_grad:
+            self._draws[key] = [segment.generator.get_state() for segment in self.segments]
+        for i, (segment, chance) in enumerate(zip(self.segments, chances, strict=True)):
             if not chance:
                 continue
             generator = segment.generator
             if self.replaying:
                 generator = torch.Generator(device=self.device)
-                generator.set_state(state)
-            shape = (segment.rows, segment.width, x.shape[-1])
+                generator.set_state(self._draws[key][i])
+            shape = (segment.drawn or segment.rows, segment.width, x.shape[-1])
             draw = torch.empty(shape, dtype=self.draw_dtype, device=x.device).bernoulli_(
                 1 - chance, generator=generator
             )
-            mask[segment.start : segment.stop, : segment.width] = draw.div_(1 - chance).to(x.dtype)
+            if segment.kept is not None:
+                draw = draw.index_select(0, segment.kept)
+            first = x.shape[1] - segment.width if segment.left else 0
+            mask[segment.start : segment.stop, first : first + segment.width] = draw.div_(1 - chance).to(x.dtype)
         return mask
+
+
+def _linear(
+    x: Tensor, weight: Tensor, bias: Tensor | None, key: str, joint: JointPass, base_dtype: torch.dtype
+) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
+    """The product, the dropout mask, and what a backward needs: the packed input and its product with A."""
+    a, b = joint.stacks[key]
+    mask = joint.dropout_mask(key, x)
+    base_in = x.to(base_dtype)
+    y = F.linear(base_in, weight.to(base_dtype), None if bias is None else bias.to(base_dtype))
+    lora_in = base_in.to(a.dtype) if a.dtype != x.dtype else x
+    if mask is not None:
+        lora_in = lora_in * mask.to(a.dtype)
+    packed = joint.pack(lora_in)
+    z = torch.bmm(packed, a.transpose(1, 2)).mul_(joint.scales[key])
+    if y.dtype == a.dtype and joint._slots is None:
+        y = torch.baddbmm(y.view(z.shape[0], z.shape[1], -1), z, b).view(y.shape)
+    else:
+        y = (y + joint.unpack(torch.bmm(z, b), x.shape[1])).to(y.dtype)
+    return y, mask, packed, z
 
 
 class _MultiplexedLinear(torch.autograd.Function):
@@ -137,24 +166,11 @@ class _MultiplexedLinear(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, anchor: Tensor, weight: Tensor, bias: Tensor | None, key: str, joint: JointPass
     ) -> Tensor:
-        a, b = joint.stacks[key]
-        scale = joint.scales[key]
         device = x.device.type
         base_dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
         with torch.autocast(device, enabled=False):
-            mask = joint.dropout_mask(key, x)
-            base_in = x.to(base_dtype)
-            y = F.linear(base_in, weight.to(base_dtype), None if bias is None else bias.to(base_dtype))
-            lora_in = base_in.to(a.dtype) if a.dtype != x.dtype else x
-            if mask is not None:
-                lora_in = lora_in * mask.to(a.dtype)
-            packed = joint.pack(lora_in)
-            z = torch.bmm(packed, a.transpose(1, 2)).mul_(scale)
-            if y.dtype == a.dtype and joint._slots is None:
-                y = torch.baddbmm(y.view(z.shape[0], z.shape[1], -1), z, b).view(y.shape)
-            else:
-                y = (y + joint.unpack(torch.bmm(z, b), x.shape[1])).to(y.dtype)
-        ctx.key, ctx.joint, ctx.mask, ctx.scale, ctx.weight = key, joint, mask, scale, weight
+            y, mask, packed, z = _linear(x, weight, bias, key, joint, base_dtype)
+        ctx.key, ctx.joint, ctx.mask, ctx.scale, ctx.weight = key, joint, mask, joint.scales[key], weight
         ctx.in_dtype = x.dtype
         ctx.save_for_backward(packed, z)
         return y
@@ -198,5 +214,7 @@ class MultiplexedLinear(nn.Module):
         joint = self._current()
         if joint is None or self.key not in joint.stacks:
             return self.base(x)  # type: ignore[no-any-return]
+        if not torch.is_grad_enabled() and not torch.is_autocast_enabled(x.device.type):
+            return _linear(x, self.base.weight, self.base.bias, self.key, joint, x.dtype)[0]
         out: Tensor = _MultiplexedLinear.apply(x, joint.anchor, self.base.weight, self.base.bias, self.key, joint)
         return out

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -117,6 +117,7 @@ class Multiplexer:
         self.device = seams.device_of(base)
         self.head: Head | None = seams.shared_head(base)
         self._mux = seams.share_clone(base)
+        seams.keep_head_contiguous(self._mux)
         self._decoder = seams.decoder_of(self._mux)
         self._layers = seams.checkpointing_layers(self._mux)
         self._mux.train()
@@ -129,6 +130,11 @@ class Multiplexer:
     def use(self, plan: Plan) -> None:
         """Follow a plan's choice of attention."""
         attention.install(self._mux, dict(plan.short_attention))
+
+    @property
+    def model(self) -> PreTrainedModel:
+        """The multiplexed causal model; to be called inside `running`."""
+        return self._mux
 
     def wrap(self, sites: Mapping[str, LoraSite]) -> None:
         """Put multiplexed Linears where a trial's adapter needs them."""
@@ -157,11 +163,10 @@ class Multiplexer:
         begin = time.perf_counter()
         parts = self._parts(requests)
         first = requests[0][1]
-        joint = self._joint(parts, first)
-        self._current = joint
+        joint = self.joint([part.segment for part in parts], first.autocast, grad=first.grad)
         try:
-            with torch.set_grad_enabled(first.grad), self._autocast(first.autocast):
-                self._checkpointing(any(request.checkpointing for _, request in requests))
+            checkpointing = any(request.checkpointing for _, request in requests)
+            with self.running(joint, first.autocast, grad=first.grad, checkpointing=checkpointing):
                 hidden: Tensor = self._decoder(
                     **self._inputs(parts, width=max(part.width for part in parts)), use_cache=False
                 ).last_hidden_state
@@ -169,8 +174,6 @@ class Multiplexer:
             for part in parts:
                 part.segment.generator.set_state(part.state)
             raise
-        finally:
-            self._current = None
         for part in parts:
             part.member.put_generator(part.segment.generator)
         split = time.perf_counter()
@@ -203,27 +206,50 @@ class Multiplexer:
             row += rows
         return parts
 
-    def _joint(self, parts: Sequence[Part], first: Forward) -> JointPass:
-        segments = [part.segment for part in parts]
-        rows = [segment.row for segment in segments]
+    def joint(
+        self, segments: list[Segment], autocast: torch.dtype | None, *, grad: bool = False, lane: int = 0
+    ) -> JointPass:
+        """What a pass over these rows has to know, its adapters stacked.
+
+        Args:
+            segments: In row order, without gaps.
+            autocast: The trials' autocast dtype, or None.
+            grad: Whether a backward may follow.
+            lane: Rows that share an entry of the stacks; 0: an entry a segment.
+        """
+        entries = [segment for segment in segments for _ in range(segment.rows // lane if lane else 1)]
+        rows = [segment.row for segment in entries]
         stacks: Mapping[str, tuple[Tensor, Tensor]] = {}
         scales: Mapping[str, Tensor] = {}
         if any(segment.sites for segment in segments):
             used = self.bank.sites(rows)
-            selected = self.bank.select(rows, first.autocast)
+            selected = self.bank.select(rows, autocast)
             stacks = {key: selected[key] for key in used}
             dtype = next(iter(stacks.values()))[0].dtype
             scales = {
                 key: torch.tensor(
-                    [s.sites[key].scaling if key in s.sites else 0.0 for s in segments],
+                    [s.sites[key].scaling if key in s.sites else 0.0 for s in entries],
                     dtype=dtype,
                     device=self.device,
                 ).view(-1, 1, 1)
                 for key in used
             }
-        anchor = torch.zeros((), device=self.device, requires_grad=first.grad)
+        anchor = torch.zeros((), device=self.device, requires_grad=grad)
         draw_dtype = self.bank.dtype or torch.float32
-        return JointPass(segments, stacks, scales, anchor, self.device, draw_dtype)
+        return JointPass(segments, stacks, scales, anchor, self.device, draw_dtype, lane)
+
+    @contextlib.contextmanager
+    def running(
+        self, joint: JointPass, autocast: torch.dtype | None, *, grad: bool = False, checkpointing: bool = False
+    ) -> Iterator[None]:
+        """While open, the multiplexed model's forward is this pass's."""
+        self._current = joint
+        self._checkpointing(checkpointing)
+        try:
+            with torch.set_grad_enabled(grad), self._autocast(autocast):
+                yield
+        finally:
+            self._current = None
 
     def _inputs(self, parts: Sequence[Part], width: int) -> dict[str, Tensor]:
         """Rows of all parts below each other, padded on the right; a mask only where somebody needs one.

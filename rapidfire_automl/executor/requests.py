@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -69,6 +69,44 @@ class Forward:
     def with_head(self, head: HeadSpec, targets: Tensor, scored: Tensor) -> Forward:
         """The same pass, scored."""
         return replace(self, head=head, targets=targets, scored=scored)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Generate:
+    """A rollout: rows to continue token by token.
+
+    Answer: `(rows, width + new)` token ids, as transformers' `generate` returns them.
+
+    Args:
+        input_ids: `(rows, width)`, padded on the left.
+        attention_mask: `(rows, width)` or None.
+        process: From ids `(rows, so far)` and logits `(rows, vocabulary)` to scores of the same shape.
+        stop: From ids and None to `(rows,)` bool, the rows that are done.
+        temperature: Where `process` does nothing but divide by it, else None.
+        sample: Whether tokens are drawn, or else the likeliest is taken.
+        pad: What stands after a row's end, a scalar tensor; None if rows have no end of their own.
+        max_new_tokens: At most so many.
+        autocast: The trial's autocast dtype, or None.
+        adapter: False for the reference.
+        training: Whether the trial will train on it.
+    """
+
+    input_ids: Tensor
+    attention_mask: Tensor | None
+    process: Callable[[Any, Any], Any]
+    stop: Callable[[Any, Any], Any]
+    temperature: float | None
+    sample: bool
+    pad: Tensor | None
+    max_new_tokens: int
+    autocast: torch.dtype | None
+    adapter: bool
+    training: bool
+
+    @property
+    def rows(self) -> int:
+        """Rows to continue."""
+        return self.input_ids.shape[0]
 
 
 @dataclass(frozen=True, slots=True)

@@ -99,14 +99,22 @@ class Referee:
     def _record(self, arm: Arm) -> None:
         request, record = arm.request, arm.record
         scores = np.asarray(request.scores, dtype=np.float64)
-        record.add_chunk(request.vector, scores, request.metrics, arm.chunk_seconds, arm.chunk_tokens)
+        record.add_chunk(
+            request.vector, scores, request.metrics, arm.chunk_seconds, arm.chunk_tokens, arm.chunk_generated
+        )
         if len(record.values) == 1:
-            arm.trial.set_user_attr(COST_ATTR, arm.chunk_tokens)
+            arm.trial.set_user_attr(COST_ATTR, arm.chunk_tokens + arm.chunk_generated)
         several = {"vector": request.vector} if len(request.vector) > 1 else {}
         self._tell(
-            "chunk_done", arm, value=record.values[-1], seconds=arm.chunk_seconds, tokens=arm.chunk_tokens, **several
+            "chunk_done",
+            arm,
+            value=record.values[-1],
+            seconds=arm.chunk_seconds,
+            tokens=arm.chunk_tokens,
+            generated=arm.chunk_generated,
+            **several,
         )
-        arm.chunk_seconds, arm.chunk_tokens = 0.0, 0
+        arm.chunk_seconds, arm.chunk_tokens, arm.chunk_generated = 0.0, 0, 0
 
 
 def report(arms: Sequence[Arm]) -> None:
@@ -151,7 +159,7 @@ def history(
                 values=tuple(values[record.number]),
                 state=record.state,
                 scores=_signed(record.scores, signs[0]) if one else (),
-                costs=tuple(map(float, record.tokens if cost == "tokens" else record.seconds)),
+                costs=_costs(record, cost),
                 params=dict(record.params),
                 metrics={name: tuple(numbers) for name, numbers in record.metrics.items()},
             )
@@ -160,6 +168,13 @@ def history(
         chunks=chunks,
         slots=slots,
     )
+
+
+def _costs(record: TrialRecord, cost: Cost) -> tuple[float, ...]:
+    """What each chunk cost; in tokens, those generated to train on count like those trained."""
+    if cost == "seconds":
+        return tuple(record.seconds)
+    return tuple(float(trained + made) for trained, made in zip(record.tokens, record.generated, strict=True))
 
 
 def _signed(scores: Sequence[NDArray[np.float64]], sign: float) -> tuple[NDArray[np.float64], ...]:

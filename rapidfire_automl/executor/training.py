@@ -13,7 +13,7 @@ from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCall
 from transformers.trainer_callback import TrainerControl, TrainerState
 from transformers.training_args import TrainingArguments
 
-from rapidfire_automl.chunks import chunk_boundaries
+from rapidfire_automl.chunks import chunk_boundaries, generation_boundaries
 from rapidfire_automl.executor import seams
 from rapidfire_automl.executor.arm import Arm
 from rapidfire_automl.executor.context import generators_of_its_own
@@ -113,6 +113,10 @@ class ChunkCallback(TrainerCallback):
             self._arm.abandon_passes()
             self._host.submit(self._arm, Pace())
 
+    def generated(self, tokens: int) -> None:
+        """Called after a rollout, with the tokens that no joint one counts."""
+        self._arm.chunk_generated += tokens
+
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Notice a boundary."""
         arm, host, record = self._arm, self._host, self._arm.record
@@ -187,6 +191,7 @@ def train(arm: Arm, trainer: Any, host: Host) -> None:
         model,
         submit=lambda request: host.submit(arm, request),
         pace=callback.pace,
+        generated=callback.generated,
         fused=arm.record.fused,
         joint_head=host.joint_head,
     )
@@ -221,6 +226,8 @@ def check_trainer(trainer: Any) -> PeftModel:
             "The trainer trains the whole model: full fine-tuning can't share a base. "
             "Pass `peft_config=LoraConfig(...)` to it."
         )
+    if why := seams.why_refused(trainer):
+        raise ValueError(why)
     if isinstance(trainer.args.learning_rate, str):
         raise ValueError(f"`learning_rate` must be a number, got {trainer.args.learning_rate!r}. Leave out the quotes.")
     if hasattr(trainer.train_dataset, "__len__") and not len(trainer.train_dataset):
@@ -240,6 +247,15 @@ def _means(entries: Sequence[Mapping[str, Any]]) -> dict[str, float]:
 
 def _boundaries(trainer: Trainer, max_steps: int, chunks: int) -> tuple[int, ...]:
     args = trainer.args
+    if seams.has_rollouts(trainer):
+        batches = len(trainer.get_train_dataloader()) if hasattr(trainer.train_dataset, "__len__") else 0
+        return generation_boundaries(
+            batches or max_steps * args.gradient_accumulation_steps,
+            args.gradient_accumulation_steps,
+            args.steps_per_generation * trainer.num_iterations,
+            max_steps,
+            chunks,
+        )
     per_step = args.per_device_train_batch_size * args.gradient_accumulation_steps
     dataset = trainer.train_dataset
     examples = len(dataset) if hasattr(dataset, "__len__") else per_step * max_steps

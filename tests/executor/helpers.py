@@ -240,8 +240,13 @@ def differences(one: Sequence[Mapping[str, Any]], other: Sequence[Mapping[str, A
     is not compared where the oracle's own margin is zero: a policy that still is the reference ranks a pair by rounding.
     """
     assert [sorted(entry) for entry in one] == [sorted(entry) for entry in other], "the logs have other entries"
+    # TRL logs None where no answer was scored.
+    one, other = (
+        [{name: math.nan if value is None else value for name, value in entry.items()} for entry in log]
+        for log in (one, other)
+    )
     worst: dict[str, float] = {}
-    for name in {name for entry in other for name in entry if not name.endswith(("runtime", "per_second"))}:
+    for name in {name for entry in other for name in entry if not name.endswith(("time", "per_second"))}:
         margin = name.replace("accuracies", "margins")
         pairs = [
             (mine[name], theirs[name])

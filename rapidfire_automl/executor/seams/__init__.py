@@ -1,0 +1,64 @@
+"""Every touching point with TRL, PEFT, accelerate and transformers, in one place.
+
+What is relied on, and what happens when it is not so (a line in `Seam.notes`, and the trial goes on):
+
+- a causal LM's backbone is `model.base_model`, called by keyword with token ids -> else the trial runs unfused;
+- TRL's fused LM head is a closure that tells its temperature and outputs -> else the trial's own head scores;
+- `trainer.accelerator.backward` ends every backward -> checked at every step;
+- plain LoRA layers hold `lora_A`, `lora_B`, `scaling`, `lora_dropout` by adapter name -> else unfused.
+"""
+
+from __future__ import annotations
+
+from rapidfire_automl.executor.seams.adapters import (
+    adapter_model,
+    find_sites,
+    guarded_injection,
+    refuse,
+    why_unfusable_args,
+)
+from rapidfire_automl.executor.seams.clones import (
+    checkpointing_layers,
+    decoder_of,
+    device_of,
+    keep_head_contiguous,
+    share_clone,
+    shared_head,
+    why_unfusable_base,
+)
+from rapidfire_automl.executor.seams.rewards import (
+    has_rollouts,
+    sample_rewards,
+    sampling_as,
+    why_no_rewards,
+    why_refused,
+)
+from rapidfire_automl.executor.seams.selfcheck import Probe, is_half, is_out_of_memory, self_check
+from rapidfire_automl.executor.seams.trainer import Seam, autocast_dtype, fused_head_settings
+
+__all__ = [
+    "Probe",
+    "Seam",
+    "adapter_model",
+    "autocast_dtype",
+    "checkpointing_layers",
+    "decoder_of",
+    "device_of",
+    "find_sites",
+    "fused_head_settings",
+    "guarded_injection",
+    "has_rollouts",
+    "is_half",
+    "is_out_of_memory",
+    "keep_head_contiguous",
+    "refuse",
+    "sample_rewards",
+    "sampling_as",
+    "self_check",
+    "share_clone",
+    "shared_head",
+    "why_no_rewards",
+    "why_refused",
+    "why_unfusable_args",
+    "why_unfusable_base",
+]
