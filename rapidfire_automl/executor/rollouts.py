@@ -11,6 +11,7 @@ import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -249,13 +250,44 @@ class Decoding:
         ids = torch.cat([F.pad(r.input_ids, (width - r.input_ids.shape[1], 0)) for r in requests])
         masks = (torch.ones_like(r.input_ids) if r.attention_mask is None else r.attention_mask for r in requests)
         mask = torch.cat([F.pad(own, (width - own.shape[1], 0)) for own in masks])
-        self._mask = None if bool(mask.all()) else mask
+        whole = bool(mask.all())
         positions = (mask.long().cumsum(-1) - 1).masked_fill(mask == 0, 1)
+        first, place, counts = self._distinct(ids, mask)
+        self._mask = None if whole else mask[first]
+        self._joint = self._stack(counts)
+        logits = self._forward(ids[first], positions[first])
+        if len(first) < len(ids):
+            logits = logits[place]
+            self._keep_rows(place)
+        self._mask = None if whole else mask
         self._next = positions[:, -1:] + 1
-        self._joint = self._stack(prefill=True)
-        logits = self._forward(ids, positions)
         self._joint = self._stack()
         return logits
+
+    def _distinct(self, ids: Tensor, mask: Tensor) -> tuple[Tensor, Tensor, list[int]]:
+        """Each trial's distinct prompts: a prompt is run once for all of its rows, unless dropout tells them apart.
+
+        Returns:
+            `(distinct,)`, the first row of each; `(rows,)`, which of them each row is; how many a trial has.
+        """
+        first: list[int] = []
+        place: list[int] = []
+        counts = []
+        shown = torch.where(mask.bool(), ids, -1).tolist()
+        start = 0
+        for rollout, segment in zip(self.rollouts, self._segments(), strict=True):
+            hot = any(segment.dropout(key) for key in segment.sites)
+            known: dict[Any, int] = {}
+            before = len(first)
+            for row in range(start, start + rollout.request.rows):
+                key = row if hot else tuple(shown[row])
+                if key not in known:
+                    known[key] = len(first)
+                    first.append(row)
+                place.append(known[key])
+            counts.append(len(first) - before)
+            start += rollout.request.rows
+        return torch.tensor(first, device=self._device), torch.tensor(place, device=self._device), counts
 
     def _decode(self, tokens: Tensor) -> Tensor:
         if self._mask is not None:
@@ -275,15 +307,22 @@ class Decoding:
             ).logits
         return logits[:, -1].float()
 
-    def _stack(self, *, prefill: bool = False) -> JointPass:
+    def _stack(self, prompts: Sequence[int] = ()) -> JointPass:
+        """The adapters of the rows in the batch, or of a prefill of so many prompts a trial."""
+        segments = self._segments(prompts)
+        lane = math.gcd(*(segment.rows for segment in segments))
+        return self._multiplexer.joint(segments, self.autocast, lane=0 if lane == 1 else lane)
+
+    def _segments(self, prompts: Sequence[int] = ()) -> list[Segment]:
         segments, start = [], 0
-        for rollout in self.rollouts:
+        for i, rollout in enumerate(self.rollouts):
             on = rollout.request.adapter
+            rows = prompts[i] if prompts else rollout.present
             segments.append(
                 Segment(
                     start=start,
-                    stop=start + rollout.present,
-                    width=rollout.request.input_ids.shape[1] if prefill else 1,
+                    stop=start + rows,
+                    width=rollout.request.input_ids.shape[1] if prompts else 1,
                     row=rollout.member.row if on else self._multiplexer.bank.zero_row,
                     sites=rollout.member.sites if on else {},
                     generator=rollout.generator,
@@ -292,9 +331,12 @@ class Decoding:
                     left=True,
                 )
             )
-            start += rollout.present
-        lane = math.gcd(*(segment.rows for segment in segments))
-        return self._multiplexer.joint(segments, self.autocast, lane=0 if lane == 1 else lane)
+            start += rows
+        return segments
+
+    def _keep_rows(self, index: Tensor) -> None:
+        for layer in self._cache.layers:
+            layer.batch_select_indices(index)
 
     def _drop_done(self, tokens: Tensor) -> Tensor:
         """Have rows leave if enough are done; returns what the others go on with."""
@@ -319,8 +361,7 @@ class Decoding:
             if len(stay) < rollout.request.rows:
                 rollout.kept = kept[stay]
         index = torch.cat([stay + first for _, _, stay, first in keep])
-        for layer in self._cache.layers:
-            layer.batch_select_indices(index)
+        self._keep_rows(index)
         self._next = self._next[index]
         if self._mask is not None:
             self._mask = self._mask[index]
