@@ -159,7 +159,7 @@ def build_executor(program: Program) -> RapidFireExecutor:
         metric=program.metric,
         cost=search.cost,
         eval_batch_size=search.eval_batch_size,
-        **({"eval_sampling": eval_sampling(program.settings, program.space)} if program.rewards else {}),
+        eval_sampling=eval_sampling(program.settings, program.space) if program.rewards else None,
         output_dir=program.run_dir,
     )
 
