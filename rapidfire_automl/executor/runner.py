@@ -181,6 +181,7 @@ class Runner:
 
         return training.Host(
             submit=submit,
+            step_out=self.conductor.step_out,
             join=base.join,
             part=base.part,
             evaluator=self.evaluator,

@@ -31,6 +31,7 @@ class Host:
 
     Args:
         submit: Files a request of the arm.
+        step_out: Does something of the arm's without the baton.
         join: Moves an arm's adapter into the bank; returns why it can't join, or an empty string.
         part: The inverse.
         evaluator: Scores trainers.
@@ -45,6 +46,7 @@ class Host:
     """
 
     submit: Callable[[Arm, Any], Any]
+    step_out: Callable[[Arm, Callable[[], Any]], Any]
     join: Callable[[Arm, PeftModel, TrainingArguments], str]
     part: Callable[[Arm], None]
     evaluator: Evaluator
@@ -190,6 +192,7 @@ def train(arm: Arm, trainer: Any, host: Host) -> None:
         trainer,
         model,
         submit=lambda request: host.submit(arm, request),
+        step_out=lambda work: host.step_out(arm, work),
         pace=callback.pace,
         generated=callback.generated,
         fused=arm.record.fused,

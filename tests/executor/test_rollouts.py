@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import copy
 import math
+import time
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -436,3 +438,32 @@ def test_conversations_roll_out(ending: LlamaForCausalLM, tmp_path: Path) -> Non
     )
     oracle = train_alone(copy.deepcopy(ending), spec, tmp_path / "alone")
     assert max(apart(mine, oracle).values()) < TOLERANCE
+
+
+async def judged(completions: list[str], **columns: Any) -> list[float]:
+    """A judge that takes its time; the sleeping says nothing of the reward."""
+    await asyncio.sleep(0.2)
+    return [len(text.split()) / 10 for text in completions]
+
+
+def test_asynchronous_rewards_overlap(ending: LlamaForCausalLM, tmp_path: Path) -> None:
+    """Four trials wait for their judges at the same time; completions and numbers are as if each had waited alone."""
+
+    class Judged(RolloutSpec):
+        def build(self, *args: Any, **kwargs: Any) -> Any:
+            trainer = super().build(*args, **kwargs)
+            del trainer.reward_funcs[1:]
+            del trainer.reward_func_names[1:]
+            del trainer.reward_processing_classes[1:]
+            trainer.reward_weights = trainer.reward_weights[:1]
+            return trainer
+
+    specs = [Judged(rewards=(judged,), args={"seed": seed}) for seed in range(4)]
+    begin = time.perf_counter()
+    together = together_without_evaluation(ending, specs, tmp_path)
+    wall_s = time.perf_counter() - begin
+    waited = 4 * 4 * 0.2
+    assert wall_s < 0.8 * waited
+    assert all(sum(result.record.seconds) > 0.8 for result in together)
+    for spec, mine in zip(specs[:2], together, strict=False):
+        assert max(apart(mine, train_alone(ending, spec, tmp_path / "alone")).values()) < TOLERANCE
