@@ -193,4 +193,5 @@ class Runner:
             check=base.check_arm,
             folder=self.folder,
             joint_head=base.multiplexer.head is not None,
+            joint_rollouts=base.rollouts_agree,
         )

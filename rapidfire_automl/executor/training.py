@@ -43,6 +43,7 @@ class Host:
         check: Raises if the base's tensors were touched, or the arm's were replaced.
         folder: Where a trial's files go.
         joint_head: Whether the base's head can join.
+        joint_rollouts: Whether rollouts can join.
     """
 
     submit: Callable[[Arm, Any], Any]
@@ -58,6 +59,7 @@ class Host:
     check: Callable[[Arm], None]
     folder: Callable[[int], Path]
     joint_head: bool
+    joint_rollouts: Callable[[], bool]
 
 
 class ChunkCallback(TrainerCallback):
@@ -197,6 +199,7 @@ def train(arm: Arm, trainer: Any, host: Host) -> None:
         generated=callback.generated,
         fused=arm.record.fused,
         joint_head=host.joint_head,
+        joint_rollouts=host.joint_rollouts,
     )
     arm.walks = CheapWalks(model)
     seam.open()

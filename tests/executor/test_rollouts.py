@@ -467,3 +467,28 @@ def test_asynchronous_rewards_overlap(ending: LlamaForCausalLM, tmp_path: Path) 
     assert all(sum(result.record.seconds) > 0.8 for result in together)
     for spec, mine in zip(specs[:2], together, strict=False):
         assert max(apart(mine, train_alone(ending, spec, tmp_path / "alone")).values()) < TOLERANCE
+
+
+def test_rollouts_that_do_not_agree_are_each_trials_own(
+    ending: LlamaForCausalLM, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The self-check sees a wrong decoder, says so, and the trials decode by themselves."""
+    from rapidfire_automl.executor.rollouts import Decoding
+
+    decode = Decoding._decode
+    monkeypatch.setattr(Decoding, "_decode", lambda self, tokens: decode(self, tokens) + torch.arange(304) / 10)
+    spec = KNOBS["beta, dropout, all of sampling"]
+    executor = open_executor(ending, tmp_path, slots=1, metric=lambda trainer: float(trainer.state.global_step))
+    trainers = []
+
+    def objective(trial: optuna.Trial) -> Any:
+        trainers.append(spec.build(executor.model(trial), executor.tokenizer, tmp_path / str(trial.number)))
+        return trainers[-1]
+
+    with executor:
+        executor.optimize(optuna.create_study(), objective, n_trials=1)
+        explained = executor.explain()
+    assert "joint rollouts do not agree with this base (logits are off by" in explained
+    assert "Joint rollouts:" not in explained
+    theirs: Any = train_alone(ending, spec, tmp_path / "alone").trainer
+    assert trainers[0].seen == theirs.seen

@@ -71,6 +71,8 @@ class Seam:
         generated: Called with the tokens of a rollout that is not handed over.
         fused: Whether forwards are handed over; the backward and the pace are in any case.
         pace: Called before a training forward, with the real tokens in it if it is not handed over.
+        joint_head: Whether the base's head can join.
+        joint_rollouts: Whether rollouts can join; asked at the first one.
     """
 
     trainer: Trainer
@@ -81,6 +83,7 @@ class Seam:
     generated: Callable[[int], None]
     fused: bool
     joint_head: bool
+    joint_rollouts: Callable[[], bool]
     notes: list[str] = field(default_factory=list)
     _checkpointed: Any = None
     _adapted: Any = None
@@ -176,7 +179,7 @@ class Seam:
         )
 
         def generate(*args: Any, **kwargs: Any) -> Any:
-            if self.fused and not args and rollouts.can_join(causal, kwargs):
+            if self.fused and not args and rollouts.can_join(causal, kwargs) and self.joint_rollouts():
                 return own(custom_generate=decode, **kwargs)
             made = own(*args, **kwargs)
             if causal.training:
