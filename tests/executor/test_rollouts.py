@@ -20,7 +20,6 @@ from transformers import LlamaForCausalLM
 from trl import DPOTrainer, RLOOTrainer
 
 from rapidfire_automl import Sampling
-from rapidfire_automl.executor.rolling import Rolling
 from rapidfire_automl.plan import Plan
 from tests.executor.helpers import (
     ALONE,
@@ -144,12 +143,8 @@ def test_every_loss_in_company(ending: LlamaForCausalLM, tmp_path: Path) -> None
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("way", ["together", "joining", "one at a time"])
-def test_trials_that_differ_in_every_knob(
-    ending: LlamaForCausalLM, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, way: str
-) -> None:
-    if way == "joining":
-        monkeypatch.setattr("rapidfire_automl.executor.conductor.Rolling", lambda: Rolling(joining=True))
+@pytest.mark.parametrize("way", ["together", "one at a time"])
+def test_trials_that_differ_in_every_knob(ending: LlamaForCausalLM, tmp_path: Path, way: str) -> None:
     plan = ALONE if way == "one at a time" else JOINT
     together = together_without_evaluation(ending, list(KNOBS.values()), tmp_path, plan=plan)
     alone = [train_alone(ending, spec, tmp_path / "alone") for spec in KNOBS.values()]
