@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -10,6 +11,8 @@ from rapidfire_automl.executor.passes import Multiplexer
 from rapidfire_automl.executor.rollouts import Counts, Decoding, Rollout
 from rapidfire_automl.executor.seams import is_out_of_memory
 from rapidfire_automl.plan import Plan
+
+logger = logging.getLogger("rapidfire_automl")
 
 
 class Rolling:
@@ -68,6 +71,12 @@ class Rolling:
             if len(arms) == 1:
                 arms[0].answer = error
                 return list(arms)
+            logger.warning(
+                "A rollout of %d trials failed (%s: %s); it is tried again in smaller ones.",
+                len(arms),
+                type(error).__name__,
+                error,
+            )
             # A trial that was done has its generator back; the others' have drawn nothing that counts.
             finished = {id(rollout.member) for rollout in done}
             left = [arm for arm in arms if id(arm) not in finished]

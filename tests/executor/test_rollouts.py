@@ -151,6 +151,25 @@ def test_trials_that_differ_in_every_knob(ending: LlamaForCausalLM, tmp_path: Pa
     assert_parity(together, alone, list(KNOBS))
 
 
+def test_rows_leave_one_by_one(ending: LlamaForCausalLM, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Odd numbers of rows with dropout, whose masks are drawn for those that have left, too.
+
+    The adapters are far from zero, so that a wrong mask samples something else.
+    """
+    drop = {"lora_dropout": 0.3, "target_modules": ["q_proj", "down_proj"], "init_lora_weights": False}
+    specs = [
+        RolloutSpec(
+            lora=drop if rows % 2 else {},
+            args={"per_device_train_batch_size": rows, "num_generations": rows, "max_completion_length": 14},
+        )
+        for rows in (3, 5, 8)
+    ]
+    together = together_without_evaluation(ending, specs, tmp_path)
+    alone = [train_alone(ending, spec, tmp_path / "alone") for spec in specs]
+    assert_parity(together, alone, ["three", "five", "eight"])
+    assert "tried again" not in caplog.text
+
+
 def test_one_trial_alone(ending: LlamaForCausalLM, tmp_path: Path) -> None:
     spec = KNOBS["beta, dropout, all of sampling"]
     (mine,) = together_without_evaluation(ending, [spec], tmp_path)
