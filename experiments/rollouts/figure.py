@@ -145,6 +145,9 @@ def _parts(axes: Any, cells: Sequence[Any], generations: int) -> None:
         for name, (_, colour) in PARTS.items():
             ms = 1e3 * max(0.0, parts.get(name, 0.0))
             axes.bar(place, ms, bottom=bottom, width=0.72, color=colour, edgecolor="white", linewidth=0.4)
+            if "generate" in parts and ms:  # serial TRL has but these two
+                label, ink = ("generate", "white") if name == "generate" else ("training,\nall else", INK)
+                axes.text(place, bottom + ms / 2, label, ha="center", va="center", fontsize=8, color=ink)
             bottom += ms
     axes.set_xticks(range(len(bars)), [name for name, _ in bars])
     plain(axes)

@@ -1,10 +1,10 @@
 """Joint rollouts against plain serial TRL: decoding alone, and whole GRPO steps.
 
-    python experiments/rollouts/run.py                                  # the small grid: 4 x 2, SmolLM2-135M, CPU
-    python experiments/rollouts/run.py --grid full --time-limit 20000
+    python experiments/rollouts/run.py                                  # or make rollouts: 4 x 2, SmolLM2-135M, CPU
+    python experiments/rollouts/run.py --grid full --time-limit 20000 --cell-limit 300
     python experiments/rollouts/run.py --grid 8x4 --rounds 20 --no-gradient-checkpointing
     python experiments/rollouts/run.py --bases smollm2-135m random-35m
-    python experiments/rollouts/run.py --device cuda --grid full --out runs/h100.json
+    python experiments/rollouts/run.py --device cuda --grid full --cell-limit 300 --out runs/h100.json
 
 A cell is a base, a number of trials, and the generations of a trial's step: so many answers to one prompt. Prompts
 have `prompt_tokens`, and no answer ends before `new_tokens`, so that both ways decode the same number of tokens. The
@@ -75,7 +75,7 @@ def measure_cell(
 
         # One after the other: the planner calibrates in `joint`, and nobody should be at work beside it.
         workers = {"serial": start(job)}
-        guess_s = workers["serial"].ready["last_step_s"] * trials
+        guess_s = workers["serial"].ready["last_step_s"] * trials / 2  # where joint gains little
         measuring.affordable(guess_s * (config["warmup"] + config["min_rounds"]), limit_s)
         workers["joint"] = start(replace(job, way="joint"))
         steps, rounds = measuring.schedule(workers, settings, trials)
