@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rapidfire_automl.chunks import chunk_boundaries, examples_after
+from rapidfire_automl.chunks import chunk_boundaries, examples_after, generation_boundaries
 
 
 def consumed_by_each_step(examples_per_epoch: int, examples_per_step: int, max_steps: int) -> list[int]:
@@ -93,3 +93,41 @@ def test_sizes_must_be_positive(name: str) -> None:
 def test_negative_steps() -> None:
     with pytest.raises(ValueError, match="`steps` must be >= 0, got -1"):
         examples_after(10, 2, -1)
+
+
+@pytest.mark.parametrize(
+    ("case", "expected"),
+    [
+        ((8, 1, 1, 8, 4), (2, 4, 6, 8)),  # a rollout a step
+        ((16, 1, 4, 16, 4), (4, 8, 12, 16)),  # a rollout every four steps
+        ((16, 2, 4, 8, 3), (4, 6, 8)),  # every two steps, and three chunks of four such places
+        ((16, 4, 2, 4, 2), (2, 4)),  # two rollouts a step
+        ((8, 1, 4, 6, 1), (6,)),  # the last step may lie between
+        ((8, 1, 4, 6, 2), (4, 6)),
+        ((6, 4, 2, 4, 4), (1, 2, 3, 4)),  # steps of four batches and of the two that are left of an epoch
+    ],
+)
+def test_a_chunk_ends_where_all_rollouts_are_used_up(
+    case: tuple[int, int, int, int, int], expected: tuple[int, ...]
+) -> None:
+    assert generation_boundaries(*case) == expected
+
+
+def test_places_are_as_even_as_they_can_be() -> None:
+    for per_epoch, accumulation, every, steps, chunks in itertools.product(
+        (12, 24, 36), (1, 2, 3), (1, 2, 4, 6), (12, 17, 40), (1, 2, 3, 5)
+    ):
+        used = [examples_after(per_epoch, accumulation, step) for step in range(steps + 1)]
+        places = [step for step in range(1, steps) if used[step] % every == 0] + [steps]
+        if len(places) < chunks:
+            with pytest.raises(ValueError, match="`chunks` must be <= the"):
+                generation_boundaries(per_epoch, accumulation, every, steps, chunks)
+            continue
+        ends = generation_boundaries(per_epoch, accumulation, every, steps, chunks)
+        assert len(ends) == chunks
+        assert ends[-1] == steps
+        assert all(a < b for a, b in itertools.pairwise(ends))
+        assert all(end in places for end in ends)
+        widest = max(b - a for a, b in itertools.pairwise([0, *places]))
+        for k, end in enumerate(ends, 1):
+            assert abs(used[end] - k * used[-1] / chunks) <= max(widest, steps / len(places) + 1) * accumulation * 2

@@ -46,6 +46,7 @@ class Base:
         self.multiplexer = Multiplexer(model, self.bank)
         self.notes: list[str] = []
         self._why_unfused = seams.why_unfusable_base(model)
+        self._rollouts_agree: bool | None = None
         self._clones: weakref.WeakSet[nn.Module] = weakref.WeakSet()
         tensors = [*model.named_parameters(), *model.named_buffers()]
         self._watched = [(name, t, t.detach(), t._version) for name, t in tensors]
@@ -58,6 +59,15 @@ class Base:
 
         if not self._why_unfused and self.multiplexer.head is None:
             self.notes.append("this base's LM head can't be joined: each trial scores with its own")
+
+    def rollouts_agree(self) -> bool:
+        """Whether trials can roll out together here; checked once, since only some trainers roll out."""
+        if self._rollouts_agree is None:
+            why = self._why_unfused or seams.check_rollouts(self.multiplexer, self.bank, self.model)
+            self._rollouts_agree = not why
+            if why and not self._why_unfused:
+                self.notes.append(f"joint rollouts do not agree with this base ({why}): each trial decodes by itself")
+        return self._rollouts_agree
 
     def clone(self) -> PreTrainedModel:
         """A trial's own modules over the same tensors."""

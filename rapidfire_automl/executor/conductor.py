@@ -12,14 +12,14 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import torch
 
 from rapidfire_automl.executor.arm import Arm, Leave
 from rapidfire_automl.executor.context import TrialContext
 from rapidfire_automl.executor.passes import Multiplexer, OpenPass, Part
-from rapidfire_automl.executor.requests import Backward, Boundary, Forward, Generate, Pace
+from rapidfire_automl.executor.requests import Away, Backward, Boundary, Forward, Generate, Pace
 from rapidfire_automl.executor.rolling import Rolling
 from rapidfire_automl.executor.seams import is_out_of_memory
 from rapidfire_automl.memory import give_back
@@ -27,6 +27,8 @@ from rapidfire_automl.plan import Plan
 from rapidfire_policies.base import Decision, TrialState, Verdict
 
 logger = logging.getLogger("rapidfire_automl")
+
+T = TypeVar("T")
 
 
 class Judge(Protocol):
@@ -108,6 +110,24 @@ class Conductor:
         if isinstance(answer, BaseException):
             raise answer
         return answer
+
+    def step_out(self, arm: Arm, work: Callable[[], T]) -> T:
+        """Do without the baton what draws nothing and touches no model, while other arms do the same."""
+        away = Away()
+        arm.request = away
+        arm.context.save()
+        arm.go.clear()
+        self._idle.set()
+        begin = time.perf_counter()
+        try:
+            return work()
+        finally:
+            arm.chunk_seconds += time.perf_counter() - begin
+            away.done.set()
+            arm.go.wait()
+            if self._cancelled:
+                raise Leave
+            arm.context.enter()
 
     def leave(self, arm: Arm) -> None:
         """The arm's thread is through; called whatever happened."""
@@ -207,7 +227,7 @@ class Conductor:
             if self._cancelled:
                 break
             ready = self._serve(moving) if moving else []
-            if moving and not ready:
+            if moving and not ready and not self._cancelled:
                 raise RuntimeError("The rendezvous is stuck: no request can be served.")
         home.enter()  # joint passes draw from the trials' generators only; what comes after a round may not
 
@@ -226,6 +246,10 @@ class Conductor:
         What frees memory goes before what takes some: backwards before forwards, and of the forwards that a backward
         will follow one pass at a time, so that the budget of a pass bounds the activations that are alive.
         """
+        away = [arm for arm in live if isinstance(arm.request, Away)]
+        if away:  # waited for, so that who goes with whom does not depend on how long a judge takes
+            back = [self._wait_for(arm.request.done) for arm in away]
+            return away if all(back) else []
         # Nobody gets ahead of where the slowest will be after its step: so trials of 10 and of 11 steps keep in step.
         limit = min(arm.next_progress for arm in live) - 1e-9
         paced = [arm for arm in live if isinstance(arm.request, Pace) and arm.progress < limit]
@@ -262,7 +286,14 @@ class Conductor:
         if not waiting:
             return []
         assert self.multiplexer is not None
-        return self.rolling.serve(self.multiplexer, waiting, self.plan, self._fewer_rows)
+        return self.rolling.serve(self.multiplexer, waiting, self.plan, self._fewer_rows, lambda: self._cancelled)
+
+    def _wait_for(self, done: threading.Event) -> bool:
+        """Wait until it is set, or until cancelled; returns whether it is set."""
+        while not done.wait(0.1):
+            if self._cancelled:
+                return False
+        return True
 
     def _fewer_rows(self, rows: int) -> Plan:
         self._out_of_memory()

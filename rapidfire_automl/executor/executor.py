@@ -316,7 +316,7 @@ class RapidFireExecutor:
         """What the planner chose and why, and what the joint passes did so far."""
         if self._conductor is None or self._base is None:
             return "Nothing is planned yet: the base is loaded with the first trial or on entering the executor."
-        return explain(self._conductor.plan, self._base, self._records.values())
+        return explain(self._conductor.plan, self._base, self._conductor.rolling.counts, self._records.values())
 
     def close(self) -> None:
         """Free the base, the adapters and the threads."""

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -107,6 +108,17 @@ class Generate:
     def rows(self) -> int:
         """Rows to continue."""
         return self.input_ids.shape[0]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Away:
+    """The trial waits for something outside, a judge's answer, and has given the baton back meanwhile.
+
+    Args:
+        done: Set when it is back.
+    """
+
+    done: threading.Event = field(default_factory=threading.Event)
 
 
 @dataclass(frozen=True, slots=True)

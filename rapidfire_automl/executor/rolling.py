@@ -28,7 +28,12 @@ class Rolling:
         self._running: list[Decoding] = []
 
     def serve(
-        self, multiplexer: Multiplexer, waiting: Sequence[Arm], plan: Plan, fewer: Callable[[int], Plan]
+        self,
+        multiplexer: Multiplexer,
+        waiting: Sequence[Arm],
+        plan: Plan,
+        fewer: Callable[[int], Plan],
+        cancelled: Callable[[], bool],
     ) -> list[Arm]:
         """Roll out until somebody is done.
 
@@ -37,6 +42,7 @@ class Rolling:
             waiting: Arms that ask for a rollout, in trial order; some may be under way.
             plan: How many rows go together.
             fewer: Called with the rows of a rollout that did not fit; returns the plan to go on with.
+            cancelled: Whether to leave off.
 
         Returns:
             The arms that have their answer, in trial order.
@@ -45,13 +51,18 @@ class Rolling:
         busy = {id(rollout.member) for decoding in self._running for rollout in decoding.rollouts}
         served: list[Arm] = []
         for group in _groups([arm for arm in waiting if id(arm) not in busy], plan):
-            served += self._start(multiplexer, group, plan, fewer)
+            served += self._start(multiplexer, group, plan, fewer, cancelled)
         if self._joining and not served:
             served = [arm for decoding in self._running for arm in self._until_one_is_done(decoding)]
         return sorted(served, key=lambda arm: arm.number)
 
     def _start(
-        self, multiplexer: Multiplexer, arms: Sequence[Arm], plan: Plan, fewer: Callable[[int], Plan]
+        self,
+        multiplexer: Multiplexer,
+        arms: Sequence[Arm],
+        plan: Plan,
+        fewer: Callable[[int], Plan],
+        cancelled: Callable[[], bool],
     ) -> list[Arm]:
         """Begin a rollout, to its end unless arms may join; again in smaller ones if it fails."""
         requests = [(arm, arm.request) for arm in arms]
@@ -67,6 +78,8 @@ class Rolling:
                 return []
             done: list[Rollout] = []
             while decoding.rollouts:
+                if cancelled():
+                    return []
                 done += decoding.advance()
         except Exception as error:
             if decoding is not None:
@@ -78,7 +91,7 @@ class Rolling:
                 return list(arms)
             size = max(1, len(arms) // 2) if is_out_of_memory(error) else 1
             groups = [arms[start : start + size] for start in range(0, len(arms), size)]
-            return [arm for group in groups for arm in self._start(multiplexer, group, plan, fewer)]
+            return [arm for group in groups for arm in self._start(multiplexer, group, plan, fewer, cancelled)]
         return [_answered(rollout, self.counts) for rollout in done]
 
     def _with_room(self, arms: Sequence[Arm], plan: Plan) -> Decoding | None:

@@ -160,6 +160,11 @@ class Decoding:
         self._account(time.perf_counter() - begin, "prefill_s")
 
     @property
+    def logits(self) -> Tensor:
+        """What the next tokens are chosen from, `(rows, vocabulary)` float32."""
+        return self._logits
+
+    @property
     def can_join(self) -> bool:
         """Whether others can join later."""
         return can_join(self._cache)

@@ -181,6 +181,7 @@ class Runner:
 
         return training.Host(
             submit=submit,
+            step_out=self.conductor.step_out,
             join=base.join,
             part=base.part,
             evaluator=self.evaluator,
@@ -192,4 +193,5 @@ class Runner:
             check=base.check_arm,
             folder=self.folder,
             joint_head=base.multiplexer.head is not None,
+            joint_rollouts=base.rollouts_agree,
         )

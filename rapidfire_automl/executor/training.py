@@ -31,6 +31,7 @@ class Host:
 
     Args:
         submit: Files a request of the arm.
+        step_out: Does something of the arm's without the baton.
         join: Moves an arm's adapter into the bank; returns why it can't join, or an empty string.
         part: The inverse.
         evaluator: Scores trainers.
@@ -42,9 +43,11 @@ class Host:
         check: Raises if the base's tensors were touched, or the arm's were replaced.
         folder: Where a trial's files go.
         joint_head: Whether the base's head can join.
+        joint_rollouts: Whether rollouts can join.
     """
 
     submit: Callable[[Arm, Any], Any]
+    step_out: Callable[[Arm, Callable[[], Any]], Any]
     join: Callable[[Arm, PeftModel, TrainingArguments], str]
     part: Callable[[Arm], None]
     evaluator: Evaluator
@@ -56,6 +59,7 @@ class Host:
     check: Callable[[Arm], None]
     folder: Callable[[int], Path]
     joint_head: bool
+    joint_rollouts: Callable[[], bool]
 
 
 class ChunkCallback(TrainerCallback):
@@ -190,10 +194,12 @@ def train(arm: Arm, trainer: Any, host: Host) -> None:
         trainer,
         model,
         submit=lambda request: host.submit(arm, request),
+        step_out=lambda work: host.step_out(arm, work),
         pace=callback.pace,
         generated=callback.generated,
         fused=arm.record.fused,
         joint_head=host.joint_head,
+        joint_rollouts=host.joint_rollouts,
     )
     arm.walks = CheapWalks(model)
     seam.open()

@@ -5,6 +5,8 @@ What is relied on, and what happens when it is not so (a line in `Seam.notes`, a
 - a causal LM's backbone is `model.base_model`, called by keyword with token ids -> else the trial runs unfused;
 - TRL's fused LM head is a closure that tells its temperature and outputs -> else the trial's own head scores;
 - `trainer.accelerator.backward` ends every backward -> checked at every step;
+- transformers' `generate` takes a decoding method (`custom_generate`) -> rollouts of our own agree with the model's
+  forward, which is checked before the first one, or else each trial decodes by itself;
 - plain LoRA layers hold `lora_A`, `lora_B`, `scaling`, `lora_dropout` by adapter name -> else unfused.
 """
 
@@ -33,7 +35,7 @@ from rapidfire_automl.executor.seams.rewards import (
     why_no_rewards,
     why_refused,
 )
-from rapidfire_automl.executor.seams.selfcheck import Probe, is_half, is_out_of_memory, self_check
+from rapidfire_automl.executor.seams.selfcheck import Probe, check_rollouts, is_half, is_out_of_memory, self_check
 from rapidfire_automl.executor.seams.trainer import Seam, autocast_dtype, fused_head_settings
 
 __all__ = [
@@ -41,6 +43,7 @@ __all__ = [
     "Seam",
     "adapter_model",
     "autocast_dtype",
+    "check_rollouts",
     "checkpointing_layers",
     "decoder_of",
     "device_of",

@@ -94,11 +94,23 @@ def sample_rewards(trainer: Any, rows: Sequence[Mapping[str, Any]], sampling: Sa
     return rewards.double().cpu()
 
 
-def watch(trainer: Trainer) -> list[Callable[[], None]]:
-    """Have errors of reward functions say which function and which row; returns what undoes it."""
+def watch(trainer: Trainer, step_out: Callable[[Callable[[], Any]], Any]) -> list[Callable[[], None]]:
+    """Have errors of reward functions say which function and which row, and let asynchronous ones overlap.
+
+    Args:
+        trainer: The trial's trainer.
+        step_out: Does something while others go on. What only waits for answers from outside is done so; functions
+            that are not `async` may draw random numbers, and are called in turn.
+
+    Returns:
+        What undoes it.
+    """
     if not has_rollouts(trainer):
         return []
     functions = list(trainer.reward_funcs)
+    calculate = trainer._calculate_rewards
+    if all(not isinstance(function, nn.Module) and is_async_callable(function) for function in functions):
+        trainer._calculate_rewards = lambda *args: step_out(lambda: calculate(*args))
     trainer.reward_funcs = [
         function if isinstance(function, nn.Module) else _watched(function, name)
         for function, name in zip(functions, trainer.reward_func_names, strict=True)
@@ -106,6 +118,7 @@ def watch(trainer: Trainer) -> list[Callable[[], None]]:
 
     def undo() -> None:
         trainer.reward_funcs = functions
+        trainer.__dict__.pop("_calculate_rewards", None)
 
     return [undo]
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from rapidfire_automl.executor.adapters import LoraSite
-from rapidfire_automl.executor.requests import Forward, HeadSpec
+from rapidfire_automl.executor.requests import Forward, Generate, HeadSpec
 from rapidfire_automl.executor.seams.adapters import find_sites
 from rapidfire_automl.executor.seams.clones import decoder_of, device_of, share_clone
 
@@ -83,3 +83,58 @@ def self_check(multiplexer: Any, bank: Any, model: PreTrainedModel) -> str:
         wrong = float((got - expected).norm() / effect)
         tolerance = 0.3 if is_half(got) else 1e-3
         return "" if wrong <= tolerance else f"hidden states are off by {wrong:.1e} of what the adapter does"
+
+
+def check_rollouts(multiplexer: Any, bank: Any, model: PreTrainedModel) -> str:
+    """Decode three tokens with a random adapter, and compare with one pass over all; returns how they differ."""
+    from rapidfire_automl.executor.context import generators_of_its_own
+    from rapidfire_automl.executor.rollouts import Decoding
+
+    with generators_of_its_own(0), torch.no_grad():
+        config = LoraConfig(r=2, target_modules="all-linear", init_lora_weights=False, task_type="CAUSAL_LM")
+        own = get_peft_model(share_clone(model), config).eval()
+        sites, why = find_sites(own)
+        if why:
+            return why
+        ids = torch.randint(0, model.config.get_text_config().vocab_size, (2, 5), device=device_of(model))
+        mask = torch.ones_like(ids)
+        mask[0, :2] = 0
+        probe = Probe(sites)
+        try:
+            for site in sites.values():
+                site.b.mul_(0.1)
+            probe.row = bank.add(sites)
+            multiplexer.wrap(sites)
+            greedy = Generate(
+                input_ids=ids,
+                attention_mask=mask,
+                process=lambda ids, scores: scores,
+                stop=lambda ids, scores: torch.zeros(len(ids), dtype=torch.bool, device=ids.device),
+                temperature=None,
+                sample=False,
+                pad=None,
+                max_new_tokens=3,
+                autocast=None,
+                adapter=True,
+                training=False,
+            )
+            decoding = Decoding(multiplexer, [(probe, greedy)])
+            (rollout,) = decoding.rollouts
+            decoding.advance()
+            decoding.advance()
+            got = decoding.logits
+            whole = rollout.ids[:, : rollout.length]
+            seen = torch.cat([mask, mask.new_ones(2, 2)], 1)
+            inputs = {"attention_mask": seen, "position_ids": (seen.cumsum(1) - 1).clamp(min=0), "use_cache": False}
+            expected = own(input_ids=whole, **inputs).logits[:, -1].float()
+            with own.disable_adapter():
+                effect = (own(input_ids=whole, **inputs).logits[:, -1].float() - expected).norm()
+        except Exception as error:
+            return f"{type(error).__name__}: {error}"
+        finally:
+            if probe.row >= 0:
+                bank.remove(probe.row)
+                bank.reset()
+        wrong = float((got - expected).norm() / effect)
+        tolerance = 0.3 if model.dtype in (torch.bfloat16, torch.float16) else 1e-3
+        return "" if wrong <= tolerance else f"logits are off by {wrong:.1e} of what the adapter does"

@@ -67,18 +67,23 @@ class Seam:
         trainer: The trial's trainer.
         model: Its PEFT model.
         submit: Files a request and returns its answer, in the trial's thread.
+        step_out: Does something without the baton.
         generated: Called with the tokens of a rollout that is not handed over.
         fused: Whether forwards are handed over; the backward and the pace are in any case.
         pace: Called before a training forward, with the real tokens in it if it is not handed over.
+        joint_head: Whether the base's head can join.
+        joint_rollouts: Whether rollouts can join; asked at the first one.
     """
 
     trainer: Trainer
     model: PeftModel
     submit: Submit
+    step_out: Callable[[Callable[[], Any]], Any]
     pace: Callable[[int], None]
     generated: Callable[[int], None]
     fused: bool
     joint_head: bool
+    joint_rollouts: Callable[[], bool]
     notes: list[str] = field(default_factory=list)
     _checkpointed: Any = None
     _adapted: Any = None
@@ -94,7 +99,7 @@ class Seam:
         self._adapted = next((m for m in decoder.modules() if isinstance(m, LoraLayer)), None)
         self._cut_decoder(decoder)
         self._cut_generate(causal)
-        self._undo += rewards.watch(self.trainer)
+        self._undo += rewards.watch(self.trainer, self.step_out)
         if self.fused and self.joint_head:
             spec = fused_head_settings(causal.forward)
             if spec is None:
@@ -174,7 +179,7 @@ class Seam:
         )
 
         def generate(*args: Any, **kwargs: Any) -> Any:
-            if self.fused and not args and rollouts.can_join(causal, kwargs):
+            if self.fused and not args and rollouts.can_join(causal, kwargs) and self.joint_rollouts():
                 return own(custom_generate=decode, **kwargs)
             made = own(*args, **kwargs)
             if causal.training:
