@@ -13,6 +13,7 @@ from importlib.util import find_spec
 from itertools import product
 from typing import Any
 
+from rapidfire_automl.chunks import examples_after
 from rapidfire_automl.sampling import Sampling
 from rapidfire_automl.space import List, Range
 
@@ -50,11 +51,19 @@ class Batch:
         """Answers in a generation batch."""
         return self.per_device * self.steps
 
-    def rounds(self, num_generations: int, prompts: int, epochs: float, max_steps: int) -> int:
-        """Generation batches of a whole trial; prompts that do not fill one are left out, as TRL does."""
-        if max_steps > 0:
-            return max_steps * self.accumulation // (self.iterations * self.steps)
-        return math.floor(epochs * (prompts // (self.size // num_generations)))
+    def chunk_ends(self, num_generations: int, prompts: int, epochs: float, max_steps: int) -> int:
+        """Optimizer steps of a whole trial at which a chunk may end: all that was generated has been trained on.
+
+        0 where the prompts do not fill one generation batch; those that are left over fill none either.
+        """
+        every = self.steps * self.iterations
+        per_epoch = prompts // (self.size // num_generations) * every
+        if per_epoch == 0:
+            return 0
+        if max_steps <= 0:
+            max_steps = math.ceil(epochs * math.ceil(per_epoch / self.accumulation))
+        used = (examples_after(per_epoch, self.accumulation, step) for step in range(1, max_steps))
+        return sum(batches % every == 0 for batches in used) + 1
 
 
 def check_arguments(args: Mapping[str, Any], defaults: Mapping[str, Any]) -> None:
@@ -88,7 +97,7 @@ def check_arguments(args: Mapping[str, Any], defaults: Mapping[str, Any]) -> Non
 def check_length(
     args: Mapping[str, Any], defaults: Mapping[str, Any], *, prompts: int, chunks: int, chunks_name: str
 ) -> None:
-    """Refuse a space with a trial of fewer generation batches than chunks: a chunk ends at a whole one.
+    """Refuse a space with a trial that has too few places for its chunks to end: each ends at a whole generation batch.
 
     Args:
         args: As for `check_arguments`, which must have passed.
@@ -104,14 +113,14 @@ def check_length(
     epochs = min(float(value) for value in members(both["num_train_epochs"]))
     max_steps = min(int(value) for value in members(both["max_steps"]))
     groups = _positive("num_generations", both)
-    shortest, batch, n = min(
-        ((batch.rounds(n, prompts, epochs, max_steps), batch, n) for batch in _batches(both) for n in groups),
-        key=lambda found: found[0],
-    )
-    if shortest < chunks:
+    pairs = dict.fromkeys((batch, n) for batch in _batches(both) for n in groups)
+    found = [(batch.chunk_ends(n, prompts, epochs, max_steps), batch, n) for batch, n in pairs]
+    fewest, batch, n = min(found, key=lambda one: one[0])
+    if fewest < chunks:
         raise ValueError(
-            f"A trial can be as short as {shortest} generation batches ({prompts} prompts, {batch.size // n} a batch), "
-            f"fewer than `{chunks_name}` = {chunks}. Take fewer chunks, more prompts, more epochs or smaller batches."
+            f"`{chunks_name}` must be <= {fewest}, the times that a trial has trained on all it has generated, got "
+            f"{chunks}: {prompts} prompts, {batch.size // n} a generation batch. Take fewer chunks, more prompts, more "
+            "epochs or smaller batches."
         )
 
 

@@ -135,7 +135,7 @@ def run_search(
 ) -> SearchResult:
     """Search, and write `events.jsonl`, `summary.json`, `plan.json`, `curves.png` and `timeline.png`.
 
-    Where trials generate what they train on, there are also `cost.png`, values against generated tokens, and
+    Where trials generate what they train on, there are also `generated.png`, values against generated tokens, and
     `rankings` in the summary: who is best at equal steps, and who at equal cost.
 
     Args:
@@ -378,7 +378,9 @@ def _write(
             maximize=maximize,
         )
         if generates(records):
-            drawn["cost"] = draw_cost(result.run_dir / "cost.png", records, best=result.best_trial, maximize=maximize)
+            drawn["generated"] = draw_cost(
+                result.run_dir / "generated.png", records, best=result.best_trial, maximize=maximize
+            )
         drawn["timeline"] = pictures.draw_timeline(
             result.run_dir / "timeline.png",
             records,

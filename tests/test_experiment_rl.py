@@ -120,7 +120,7 @@ def test_rewards_are_for_those_who_learn_from_them() -> None:
         ({}, {"train_dataset": [{"question": "1+1="}] * 64}, "`train_dataset` lacks the column `prompt`"),
         ({}, {"train_dataset": [{"prompt": "1+1="}] * 64}, "lacks the column `answer`, which the reward exact_match"),
         ({}, {"eval_dataset": [{"prompt": "1+1="}] * 8}, "`eval_dataset` lacks the column `answer`"),
-        ({"args": {"num_train_epochs": 1, "num_generations": 2}}, {}, "as short as 8 generation batches"),
+        ({"args": {"num_train_epochs": 1, "num_generations": 2}}, {}, "`num_chunks` must be <= 8"),
     ],
 )
 def test_bad_searches_are_found_before_a_model_is_loaded(

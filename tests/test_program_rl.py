@@ -127,7 +127,7 @@ def test_sft_takes_a_tasks_answers(folder: Path) -> None:
         ("space.reward_weights=[[1.0], [0.5]]", "`reward_weights` in [evaluation]"),
         ("space.temperature=[0.7, 'hot']", "`space.temperature` must be a number"),
         ("search.metric=nll", "`search.metric` must be one of reward"),
-        ("search.chunks=33", "as short as 32 generation batches (64 prompts, 4 a batch)"),
+        ("search.chunks=33", "`search.chunks` must be <= 32, the times"),
         ("data.reasoning_gym=chain_sun", "`data.reasoning_gym`: reasoning-gym has no task 'chain_sun'."),
         ("data.reasoning_gym=game_of_life_halting", "game_of_life_halting can't be a reward"),
         ("data.reasoning_gym.tasks={task = 'chain_sum', terms = 3}", "`terms` is no option of the task chain_sum."),

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import importlib.util
+import math
 from typing import Any
 
 import pytest
 from trl import GRPOConfig
 
 from rapidfire_automl import List, Range, RFGRPOConfig, RFRLOOConfig, Sampling, rl
+from rapidfire_automl.chunks import generation_boundaries
 
 DEFAULTS = RFGRPOConfig.defaults()
 
@@ -102,13 +104,29 @@ def test_it_refuses_what_trl_refuses(size: int, steps: int, n: int, tmp_path: An
 def test_every_chunk_needs_a_generation_batch() -> None:
     args = {"num_generations": List([4, 8]), "per_device_train_batch_size": 8, "num_train_epochs": 1}
     rl.check_length(args, DEFAULTS, prompts=16, chunks=8, chunks_name="num_chunks")
-    with pytest.raises(ValueError, match=r"as short as 7 generation batches \(15 prompts, 2 a batch\)"):
+    with pytest.raises(ValueError, match=r"`num_chunks` must be <= 7, .* got 8: 15 prompts, 2 a generation batch\."):
         rl.check_length(args, DEFAULTS, prompts=15, chunks=8, chunks_name="num_chunks")
     # 6 optimizer steps of 2 forwards, each batch of 2 forwards trained on twice: 3 generation batches.
     reused = {**args, "max_steps": 6, "gradient_accumulation_steps": 2, "num_iterations": 2}
     rl.check_length(reused, DEFAULTS, prompts=64, chunks=3, chunks_name="num_chunks")
-    with pytest.raises(ValueError, match="as short as 3 generation batches"):
+    with pytest.raises(ValueError, match="`num_chunks` must be <= 3"):
         rl.check_length(reused, DEFAULTS, prompts=64, chunks=4, chunks_name="num_chunks")
+    with pytest.raises(ValueError, match=r"`num_chunks` must be <= 0, .* got 1: 3 prompts, 4 a generation batch"):
+        rl.check_length({"num_generations": 2}, DEFAULTS, prompts=3, chunks=1, chunks_name="num_chunks")
+
+
+@pytest.mark.parametrize("accumulation", [1, 2, 3])
+@pytest.mark.parametrize("iterations", [1, 2])
+@pytest.mark.parametrize("max_steps", [-1, 7, 12])
+def test_chunks_end_where_the_executor_ends_them(accumulation: int, iterations: int, max_steps: int) -> None:
+    batch = rl.Batch(per_device=4, accumulation=accumulation, steps=2, iterations=iterations, steps_name="")
+    fewest = batch.chunk_ends(4, prompts=9, epochs=2.0, max_steps=max_steps)
+    per_epoch = 4 * 2 * iterations  # 9 prompts fill 4 generation batches of 2
+    steps = max_steps if max_steps > 0 else 2 * math.ceil(per_epoch / accumulation)
+    found = generation_boundaries(per_epoch, accumulation, 2 * iterations, steps, fewest)
+    assert len(found) == fewest
+    with pytest.raises(ValueError, match="`chunks` must be <="):
+        generation_boundaries(per_epoch, accumulation, 2 * iterations, steps, fewest + 1)
 
 
 def test_trials_that_cannot_be_compared() -> None:

@@ -53,10 +53,21 @@ def show_result(result: SearchResult, console: Console) -> None:
         )
     line("Time", clock(result.wall_s) + _first_verdict(result))
     if "rankings" in result.summary:
-        console.print(_rankings(result), soft_wrap=False)
+        line("Ranked", _equal(result.summary["rankings"]))
+        console.print(_rankings(result))
     for name, path in result.summary.get("pictures", {}).items():
         line(name.capitalize(), _short(Path(path)))
     line("Summary", _short(result.run_dir / "summary.json"))
+
+
+def _equal(found: Mapping[str, Any]) -> str:
+    """What is equal in the two rankings."""
+    steps = f"after {found['chunks']} chunks each"
+    if found["tokens"] is None:
+        return steps
+    tokens = f"{amount(found['tokens'])} generated and trained tokens, the cost of the cheapest complete trial"
+    cut = " (+: stopped before that)" if any(place["cut"] for place in found["equal_cost"]) else ""
+    return f"{steps}, and by the best value within {tokens}{cut}"
 
 
 def _rankings(result: SearchResult) -> Table:
@@ -64,14 +75,11 @@ def _rankings(result: SearchResult) -> Table:
     found = result.summary["rankings"]
     steps = {place["trial"]: (rank, place) for rank, place in enumerate(found["equal_steps"], start=1)}
     cost = {place["trial"]: (rank, place) for rank, place in enumerate(found["equal_cost"], start=1)}
-    equal = "-" if found["tokens"] is None else amount(found["tokens"])
     grid = Table(box=None, padding=(0, 2, 0, 0), header_style="dim", pad_edge=False)
     grid.add_column("trial", justify="right", no_wrap=True)
-    grid.add_column("parameters", no_wrap=True, overflow="ellipsis", min_width=12)
-    grid.add_column(f"after {found['chunks']} chunks", justify="right", no_wrap=True)
-    grid.add_column(f"for {equal} tokens", justify="right", no_wrap=True)
-    for name in ("generated", "trained", "seconds"):
-        grid.add_column(name, justify="right", no_wrap=True)
+    grid.add_column("parameters", no_wrap=True, overflow="ellipsis", ratio=1)
+    for name in ("equal steps", "equal cost", "generated", "trained", "seconds"):
+        grid.add_column(name, justify="right", no_wrap=True, min_width=len(name))
 
     def order(trial: Mapping[str, Any]) -> tuple[int, int, int]:
         last = len(result.summary["trials"]) + 1
