@@ -10,7 +10,8 @@ import optuna
 
 from rapidfire_automl.configs import TRAINING_ARGS, FieldConfig, RFLoraConfig, RFModelConfig
 from rapidfire_automl.experiment import DEFAULT_CHUNKS, Experiment
-from rapidfire_automl.groups import ConfigGroup, Metric, RFGridSearch, RFOptuna
+from rapidfire_automl.groups import ConfigGroup, RFGridSearch, RFOptuna
+from rapidfire_automl.metrics import Metric
 from rapidfire_automl.results import FitResult
 from rapidfire_automl.strategies import check_count, unknown
 

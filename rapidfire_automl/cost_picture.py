@@ -23,6 +23,7 @@ def draw_cost(
     records: Mapping[int, TrialRecord],
     *,
     best: int | None,
+    base_value: float | None = None,
     maximize: bool = False,
     metric: str = "value on held-out examples",
 ) -> Path:
@@ -32,6 +33,7 @@ def draw_cost(
         path: Where the PNG goes.
         records: The trials; those that generated nothing are left out.
         best: The best trial, drawn on top.
+        base_value: The untrained base's value, every curve's start.
         maximize: Whether higher is better.
         metric: The vertical axis's title.
 
@@ -40,7 +42,8 @@ def draw_cost(
     """
     shown = {n: r for n, r in sorted(records.items()) if r.values and any(r.generated)}
     figure, axes = frame(8.6, 4.9)
-    low, high, _ = limits(shown, None, maximize)
+    start = [] if base_value is None or not math.isfinite(base_value) else [(0, base_value)]
+    low, high, _ = limits(shown, base_value if start else None, maximize)
     axes.set_ylim(low, high)
     axes.set_xlim(0, max((sum(record.generated) for record in shown.values()), default=1))
     colours = colours_of(shown, best, maximize=maximize)
@@ -48,7 +51,8 @@ def draw_cost(
     for place, number in reversed(list(enumerate(ranked))):
         record, colour = shown[number], colours[number]
         kept = record.state not in (TrialState.STOPPED, TrialState.FAILED)
-        points = [(x, y) for x, y in zip(accumulate(record.generated), record.values) if math.isfinite(y)]
+        points = [*start, *zip(accumulate(record.generated), record.values)]
+        points = [(x, y) for x, y in points if math.isfinite(y)]
         if not points:
             continue
         xs, ys = [float(x) for x, _ in points], [y for _, y in points]
@@ -57,7 +61,8 @@ def draw_cost(
         mark_end(axes, xs, ys, (low, high), record, colour, best=number == best)
         if kept and place < _MOST_LABELS:
             axes.annotate(trial_name(number, record, shown), (xs[-1], ys[-1]), xytext=(8, 0),
-                          textcoords="offset points", va="center", color=colour, fontsize=9,
+                          textcoords="offset points", va="center", color=colour, fontsize=9, zorder=5,
+                          bbox={"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 1},
                           weight="bold" if number == best else "normal", annotation_clip=False)  # fmt: skip
     axes.xaxis.set_major_formatter(lambda value, _position: amount(round(value)))
     axes.set_xlabel("tokens generated to train on")

@@ -20,19 +20,17 @@ from rapidfire_automl.bases import CreateModel, load_model, make_executor
 from rapidfire_automl.events import Listener
 from rapidfire_automl.fit_checks import check_data, check_search, eval_sampling_of
 from rapidfire_automl.groups import (
-    METRICS,
     ConfigGroup,
-    Metric,
     Pruning,
     RFGridSearch,
     RFOptuna,
     RFRandomSearch,
     Search,
     as_groups,
-    builtin_metric,
 )
 from rapidfire_automl.hints import nearest
 from rapidfire_automl.jsonable import dumps
+from rapidfire_automl.metrics import METRICS, Metric, builtin_metric
 from rapidfire_automl.results import FitResult, GroupResult
 from rapidfire_automl.sampling import Sampling
 from rapidfire_automl.strategies import check_count, check_direction, make_pruning

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 from rapidfire_automl import rl
 from rapidfire_automl.bases import CreateModel
 from rapidfire_automl.configs import FieldConfig, RFModelConfig
-from rapidfire_automl.groups import METRICS, Search, builtin_metric
+from rapidfire_automl.groups import Search
+from rapidfire_automl.metrics import METRICS, builtin_metric
 from rapidfire_automl.rewards import check_columns
 from rapidfire_automl.sampling import Sampling
 from rapidfire_automl.space import List

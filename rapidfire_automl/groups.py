@@ -12,6 +12,7 @@ import optuna
 
 from rapidfire_automl import rl
 from rapidfire_automl.configs import TRAINING_ARGS, RFLoraConfig, RFModelConfig
+from rapidfire_automl.metrics import Metric, best_is
 from rapidfire_automl.rewards import as_rewards
 from rapidfire_automl.space import Choice, List, Space
 from rapidfire_automl.strategies import check_count, check_direction, make_pruning, make_sampler, unknown
@@ -19,7 +20,6 @@ from rapidfire_automl.strategies import check_count, check_direction, make_pruni
 if TYPE_CHECKING:
     from rapidfire_policies import Policy
 
-Metric: TypeAlias = str | Callable[..., Any]
 Pruning: TypeAlias = "str | Policy | optuna.pruners.BasePruner | None"
 
 BASE_FIELDS = (
@@ -33,24 +33,6 @@ BASE_FIELDS = (
     "ref_model_kwargs",
 )
 """Fields that make a base; trials that differ in one of them can't share a model."""
-
-METRICS: Mapping[str, tuple[str, ...]] = {
-    "SFT": ("nll",),
-    "DPO": ("preference_loss", "preference_accuracy", "reward_margin"),
-    "GRPO": ("reward",),
-    "RLOO": ("reward",),
-}
-"""Trainer type -> metrics the executor measures by itself, its own default first."""
-
-_LOGGED_AS = {
-    "eval_loss": None,
-    "loss": None,
-    "eval_rewards/accuracies": "preference_accuracy",
-    "rewards/accuracies": "preference_accuracy",
-    "eval_rewards/margins": "reward_margin",
-    "rewards/margins": "reward_margin",
-    "eval_reward": "reward",
-}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -310,22 +292,6 @@ def as_groups(config_group: Any) -> list[ConfigGroup]:
 def base_fields(config: RFModelConfig) -> dict[str, Any]:
     """The fields that make the base."""
     return {name: getattr(config, name) for name in BASE_FIELDS}
-
-
-def builtin_metric(metric: Metric | None) -> tuple[bool, Metric | None]:
-    """Whether the executor (or the callable itself) measures the metric, and what to hand to it.
-
-    `(False, key)` means a key of what `compute_metrics` returns for generated answers.
-    """
-    if isinstance(metric, str) and metric in _LOGGED_AS:
-        return True, _LOGGED_AS[metric]
-    known = {name for names in METRICS.values() for name in names}
-    return metric is None or callable(metric) or metric in known, metric
-
-
-def best_is(trainer_type: str, metric: Metric | None) -> str:
-    """The direction where none is given: a reward is maximised, everything else minimised."""
-    return "maximize" if (builtin_metric(metric)[1] or METRICS[trainer_type][0]) == "reward" else "minimize"
 
 
 def _objective(objective: str) -> tuple[str, Metric]:

@@ -20,9 +20,9 @@ from rapidfire_automl import space as spaces
 from rapidfire_automl.data import check_files, load_data
 from rapidfire_automl.events import Listener
 from rapidfire_automl.fields import TRAINERS, args_defaults, check_fields, eval_sampling
-from rapidfire_automl.groups import METRICS
 from rapidfire_automl.hints import unknown
 from rapidfire_automl.lookups import check_base, find_base, first_line, load, new_run_dir, no_such, storage
+from rapidfire_automl.metrics import METRICS
 from rapidfire_automl.rewards import RewardFunc, as_rewards, check_columns
 from rapidfire_automl.samplers import ChunkSampler
 from rapidfire_automl.search import SearchResult, run_search
@@ -159,7 +159,7 @@ def build_executor(program: Program) -> RapidFireExecutor:
         metric=program.metric,
         cost=search.cost,
         eval_batch_size=search.eval_batch_size,
-        **({"eval_sampling": eval_sampling(program.settings, program.space)} if program.rewards else {}),
+        eval_sampling=eval_sampling(program.settings, program.space) if program.rewards else None,
         output_dir=program.run_dir,
     )
 

@@ -141,6 +141,12 @@ def _as_reward(given: Any, where: str, folder: Path | None) -> RewardFunc:
     if not callable(given) or inspect.isclass(given):
         raise ValueError(f'`{where}` must be a function or "module:function", got {given!r}.')
     reward: RewardFunc = given
+    parameters = _parameters(reward)
+    if parameters and not any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters):
+        raise ValueError(
+            f"`{where}`: {name_of(reward)} must take `**columns`: every column comes as a keyword, and so does "
+            "`trainer_state` and more."
+        )
     return reward
 
 
@@ -175,12 +181,16 @@ def _findable(folder: Path | None) -> Iterator[None]:
 
 def _needed(reward: RewardFunc) -> set[str]:
     """The columns without which a call would fail; none where that can't be told."""
-    if not inspect.isroutine(reward) and not isinstance(reward, functools.partial):
-        return set()
-    try:
-        parameters = inspect.signature(reward).parameters.values()
-    except (TypeError, ValueError):
-        return set()
     kinds = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
-    asked = {p.name for p in parameters if p.kind in kinds and p.default is inspect.Parameter.empty}
-    return asked - GIVEN
+    parameters = _parameters(reward)
+    return {p.name for p in parameters if p.kind in kinds and p.default is inspect.Parameter.empty} - GIVEN
+
+
+def _parameters(reward: RewardFunc) -> list[inspect.Parameter]:
+    """What a call takes; nothing where that can't be told, as of reward models, which TRL calls in its own way."""
+    if hasattr(reward, "forward"):
+        return []
+    try:
+        return list(inspect.signature(reward).parameters.values())
+    except (TypeError, ValueError):
+        return []

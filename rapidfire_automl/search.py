@@ -379,7 +379,11 @@ def _write(
         )
         if generates(records):
             drawn["generated"] = draw_cost(
-                result.run_dir / "generated.png", records, best=result.best_trial, maximize=maximize
+                result.run_dir / "generated.png",
+                records,
+                best=result.best_trial,
+                base_value=result.base_value,
+                maximize=maximize,
             )
         drawn["timeline"] = pictures.draw_timeline(
             result.run_dir / "timeline.png",

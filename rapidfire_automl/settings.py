@@ -129,7 +129,7 @@ class Settings(Table):
         return self
 
     @property
-    def direction(self) -> str:
+    def direction(self) -> Literal["minimize", "maximize"]:
         """The direction that is given, or else the metric's own: a reward is maximised, all else minimised."""
         rewarded = self.trainer in GENERATING and self.search.metric in (None, "reward")
         return self.search.direction or ("maximize" if rewarded else "minimize")

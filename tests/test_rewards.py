@@ -41,7 +41,6 @@ def test_names_functions_and_lists() -> None:
     assert as_rewards(lengths) == [lengths]
     assert as_rewards(here)[0].__name__ == "lengths"
     assert as_rewards([here, "exact_match", slow])[1:] == [exact_match, slow]
-    assert as_rewards("os.path:join")[0].__name__ == "join"
     assert name_of(functools.partial(functools.partial(lengths))) == "lengths"
     assert name_of(as_rewards(Judge())[0]) == "Judge"
 
@@ -67,6 +66,8 @@ def test_a_module_beside_the_search_file(folder: Path) -> None:
         ("my_rewards_beside:LIMIT", "is no function, it is int"),
         (Judge, "`reward` must be a function"),
         (3, "`reward` must be a function"),
+        (lambda completions: [0.0], "<lambda> must take `**columns`"),
+        ("os.path:join", "join must take `**columns`"),
     ],
 )
 def test_what_is_no_reward(given: Any, named: str, folder: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import math
+import re
 from typing import Any
 
 import pytest
@@ -147,3 +148,23 @@ def test_the_evaluation_samples_as_all_trials_do() -> None:
     assert rl.default_sampling([shared]) == Sampling(max_completion_length=64, temperature=0.7)
     assert rl.default_sampling([{**shared, "temperature": Range(0.7, 1.2)}]).temperature == 1.0
     assert rl.default_sampling([shared], num_generations=1, temperature=0.0).temperature == 0.0
+
+
+@pytest.mark.parametrize(
+    "args",
+    [
+        {"num_generations": List([4, 12, 16]), "per_device_train_batch_size": 8},
+        {
+            "num_generations": List([4, 6]),
+            "per_device_train_batch_size": 6,
+            "gradient_accumulation_steps": List([1, 2]),
+        },
+        {"num_generations": 6, "generation_batch_size": 16, "per_device_train_batch_size": 4},
+        {"num_generations": 9, "per_device_train_batch_size": List([8, 12])},
+    ],
+)
+def test_what_is_proposed_fits_every_combination(args: dict[str, Any]) -> None:
+    proposed = re.findall(r"`(\w+)` (\d+)(?=[,.])", message(**args).partition("nearest that fit:")[2])
+    assert proposed
+    for name, value in proposed:
+        rl.check_arguments({**args, name: int(value)}, DEFAULTS)

@@ -172,6 +172,12 @@ def test_mlflow_has_a_run_per_trial(tmp_path: Path) -> None:
     history = client.get_metric_history(best.info.run_id, "value")
     assert [point.value for point in history] == result.values[result.best_trial]  # type: ignore[index]
     assert runs[tmp_path.name].data.metrics["best_value"] == result.best_value
+    assert "generated" not in best.data.metrics
+    (tmp_path / "rl").mkdir()
+    search(tmp_path / "rl", FakeExecutor(generates=7, chunks=2), n_trials=1, mlflow_experiment="rl")
+    client = MlflowClient(f"sqlite:///{tmp_path / 'rl' / 'mlflow.db'}")
+    (run,) = client.search_runs([client.get_experiment_by_name("rl").experiment_id], "metrics.generated > 0")
+    assert (run.data.metrics["generated"], run.data.metrics["tokens"]) == (7, 960)
 
 
 def test_jsonable() -> None:

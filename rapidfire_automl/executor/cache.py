@@ -1,10 +1,9 @@
-"""The key-value cache of a joint rollout: grows in place, and rows can leave and join."""
+"""The key-value cache of a joint rollout: grows in place, and rows can leave."""
 
 from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor
 from transformers import PreTrainedConfig
 from transformers.cache_utils import DynamicCache, DynamicLayer
@@ -48,14 +47,6 @@ class GrowingLayer(DynamicLayer):
         self._have(self._key_buffer.index_select(0, indices), self._value_buffer.index_select(0, indices), self._room)
         self._show(tokens)
 
-    def join(self, other: GrowingLayer) -> None:
-        """Take another's rows in below; whoever holds fewer tokens is padded on the left."""
-        tokens = max(self._tokens, other._tokens)
-        keys = torch.cat([_padded(self.keys, tokens), _padded(other.keys, tokens)])
-        values = torch.cat([_padded(self.values, tokens), _padded(other.values, tokens)])
-        self._have(keys, values, tokens)
-        self._show(tokens)
-
     def _have(self, keys: Tensor, values: Tensor, room: int) -> None:
         self._key_buffer, self._value_buffer, self._room = keys, values, room
         if not room:
@@ -73,17 +64,8 @@ def _with_room(held: Tensor, like: Tensor, room: int) -> Tensor:
     return buffer
 
 
-def _padded(x: Tensor, tokens: int) -> Tensor:
-    return torch.nn.functional.pad(x, (0, 0, tokens - x.shape[-2], 0))
-
-
 def new_cache(config: PreTrainedConfig) -> DynamicCache:
     """An empty cache for a model's layers; full-attention layers grow in place."""
     cache = DynamicCache(config=config)
     cache.layers = [GrowingLayer() if type(layer) is DynamicLayer else layer for layer in cache.layers]
     return cache
-
-
-def can_join(cache: DynamicCache) -> bool:
-    """Whether rows can join later: a sliding window has forgotten what padding would have to stand for."""
-    return all(isinstance(layer, GrowingLayer) for layer in cache.layers)

@@ -1,7 +1,8 @@
-"""Rollouts as the conductor serves them: who rolls out with whom, and who goes on when."""
+"""Rollouts as the conductor serves them: who rolls out with whom."""
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -11,21 +12,18 @@ from rapidfire_automl.executor.rollouts import Counts, Decoding, Rollout
 from rapidfire_automl.executor.seams import is_out_of_memory
 from rapidfire_automl.plan import Plan
 
+logger = logging.getLogger("rapidfire_automl")
+
 
 class Rolling:
-    """Serves the rollouts that arms ask for.
+    """Serves the rollouts that arms ask for: all that ask decode together, and go on together.
 
-    All that ask roll out together, and go on together when the last of them is done: then they train in one pass, too.
-    With `joining`, whoever is done goes on at once, and rolls out again beside those that are still at it.
-
-    Args:
-        joining: Whether arms go on as soon as they are done.
+    That those who are done sooner should go on, and roll out again beside the others, was tried and gains nothing
+    (experiments/LOG.md): they would train in smaller passes.
     """
 
-    def __init__(self, *, joining: bool = False) -> None:
+    def __init__(self) -> None:
         self.counts = Counts()
-        self._joining = joining
-        self._running: list[Decoding] = []
 
     def serve(
         self,
@@ -35,11 +33,11 @@ class Rolling:
         fewer: Callable[[int], Plan],
         cancelled: Callable[[], bool],
     ) -> list[Arm]:
-        """Roll out until somebody is done.
+        """Roll out; in smaller batches where it does not fit.
 
         Args:
             multiplexer: The shared base.
-            waiting: Arms that ask for a rollout, in trial order; some may be under way.
+            waiting: Arms that ask for a rollout, in trial order.
             plan: How many rows go together.
             fewer: Called with the rows of a rollout that did not fit; returns the plan to go on with.
             cancelled: Whether to leave off.
@@ -47,65 +45,56 @@ class Rolling:
         Returns:
             The arms that have their answer, in trial order.
         """
-        self._running = [decoding for decoding in self._running if decoding.rollouts]
-        busy = {id(rollout.member) for decoding in self._running for rollout in decoding.rollouts}
         served: list[Arm] = []
-        for group in _groups([arm for arm in waiting if id(arm) not in busy], plan):
-            served += self._start(multiplexer, group, plan, fewer, cancelled)
-        if self._joining and not served:
-            served = [arm for decoding in self._running for arm in self._until_one_is_done(decoding)]
+        for group in _groups(waiting, plan):
+            served += self._run(multiplexer, group, fewer, cancelled)
         return sorted(served, key=lambda arm: arm.number)
 
-    def _start(
+    def _run(
         self,
         multiplexer: Multiplexer,
         arms: Sequence[Arm],
-        plan: Plan,
         fewer: Callable[[int], Plan],
         cancelled: Callable[[], bool],
     ) -> list[Arm]:
-        """Begin a rollout, to its end unless arms may join; again in smaller ones if it fails."""
-        requests = [(arm, arm.request) for arm in arms]
         decoding: Decoding | None = None
+        done: list[Rollout] = []
         try:
-            room = self._with_room(arms, plan) if self._joining else None
-            if room is not None:
-                room.join(requests)
-                return []
-            decoding = Decoding(multiplexer, requests, self.counts)
-            if self._joining:
-                self._running.append(decoding)
-                return []
-            done: list[Rollout] = []
+            decoding = Decoding(multiplexer, [(arm, arm.request) for arm in arms], self.counts)
             while decoding.rollouts:
                 if cancelled():
                     return []
                 done += decoding.advance()
         except Exception as error:
-            if decoding is not None:
-                decoding.restore()
             if is_out_of_memory(error):
-                plan = fewer(sum(request.rows for _, request in requests))
+                fewer(sum(arm.request.rows for arm in arms))
             if len(arms) == 1:
                 arms[0].answer = error
                 return list(arms)
-            size = max(1, len(arms) // 2) if is_out_of_memory(error) else 1
-            groups = [arms[start : start + size] for start in range(0, len(arms), size)]
-            return [arm for group in groups for arm in self._start(multiplexer, group, plan, fewer, cancelled)]
-        return [_answered(rollout, self.counts) for rollout in done]
+            logger.warning(
+                "A rollout of %d trials failed (%s: %s); it is tried again in smaller ones.",
+                len(arms),
+                type(error).__name__,
+                error,
+            )
+            # A trial that was done has its generator back; the others' have drawn nothing that counts.
+            finished = {id(rollout.member) for rollout in done}
+            left = [arm for arm in arms if id(arm) not in finished]
+            size = max(1, len(left) // 2) if is_out_of_memory(error) else 1
+            groups = [left[start : start + size] for start in range(0, len(left), size)]
+            again = [arm for group in groups for arm in self._run(multiplexer, group, fewer, cancelled)]
+            return [self._answered(rollout) for rollout in done] + again
+        return [self._answered(rollout) for rollout in done]
 
-    def _with_room(self, arms: Sequence[Arm], plan: Plan) -> Decoding | None:
-        rows, kind = sum(arm.request.rows for arm in arms), arms[0].request.autocast
-        for decoding in self._running:
-            if decoding.can_join and decoding.autocast == kind and decoding.rows + rows <= plan.rollout_rows:
-                return decoding
-        return None
-
-    def _until_one_is_done(self, decoding: Decoding) -> list[Arm]:
-        while decoding.rollouts:
-            if done := decoding.advance():
-                return [_answered(rollout, self.counts) for rollout in done]
-        return []
+    def _answered(self, rollout: Rollout) -> Arm:
+        arm = rollout.member
+        assert isinstance(arm, Arm)
+        arm.answer = rollout.answer if rollout.error is None else rollout.error
+        arm.chunk_seconds += rollout.seconds
+        self.counts.tokens += rollout.tokens
+        if rollout.request.training:
+            arm.chunk_generated += rollout.tokens
+        return arm
 
 
 def _groups(arms: Sequence[Arm], plan: Plan) -> list[list[Arm]]:
@@ -119,14 +108,3 @@ def _groups(arms: Sequence[Arm], plan: Plan) -> list[list[Arm]]:
             of_kind.append([])
         of_kind[-1].append(arm)
     return [group for of_kind in groups.values() for group in of_kind if group]
-
-
-def _answered(rollout: Rollout, counts: Counts) -> Arm:
-    arm = rollout.member
-    assert isinstance(arm, Arm)
-    arm.answer = rollout.answer if rollout.error is None else rollout.error
-    arm.chunk_seconds += rollout.seconds
-    counts.tokens += rollout.tokens
-    if rollout.request.training:
-        arm.chunk_generated += rollout.tokens
-    return arm

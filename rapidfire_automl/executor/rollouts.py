@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from rapidfire_automl.executor.cache import can_join, new_cache
+from rapidfire_automl.executor.cache import new_cache
 from rapidfire_automl.executor.draws import draw
 from rapidfire_automl.executor.multiplex import JointPass, Segment
 from rapidfire_automl.executor.passes import Member, Multiplexer
@@ -35,7 +35,6 @@ class Rollout:
         member: The trial.
         request: What it asks for.
         generator: Its draws; the trial takes it back when it is done.
-        state: The generator's state before, to run it again.
         ids: `(rows, width + max_new_tokens)`, the first `length` columns filled.
         length: Prompt and tokens so far.
         alive: `(rows,)` bool, rows that are not done.
@@ -47,7 +46,6 @@ class Rollout:
     member: Member
     request: Generate
     generator: torch.Generator
-    state: Tensor
     ids: Tensor
     length: int
     alive: Tensor
@@ -66,7 +64,6 @@ class Rollout:
             member,
             request,
             generator,
-            state=generator.get_state(),
             ids=F.pad(request.input_ids, (0, request.max_new_tokens)),
             length=width,
             alive=torch.ones(rows, dtype=torch.bool, device=device),
@@ -140,7 +137,7 @@ class Decoding:
         counts: Added to.
 
     Raises:
-        torch.OutOfMemoryError: It didn't fit; `restore` puts the generators back.
+        torch.OutOfMemoryError: It didn't fit; a trial's generator is as before until its rollout is done.
     """
 
     def __init__(
@@ -165,39 +162,9 @@ class Decoding:
         return self._logits
 
     @property
-    def can_join(self) -> bool:
-        """Whether others can join later."""
-        return can_join(self._cache)
-
-    @property
     def rows(self) -> int:
         """Rows in the batch."""
         return sum(rollout.present for rollout in self.rollouts)
-
-    def restore(self) -> None:
-        """Put the generators back to where they were before, to run the requests again."""
-        for rollout in self.rollouts:
-            rollout.generator.set_state(rollout.state)
-
-    @torch.no_grad()
-    def join(self, requests: Sequence[tuple[Member, Generate]]) -> None:
-        """Take more trials in, between two tokens."""
-        other = Decoding(self._multiplexer, requests, self.counts)
-        mine, theirs = (one._cache.get_seq_length() for one in (self, other))
-        for layer, more in zip(self._cache.layers, other._cache.layers, strict=True):
-            layer.join(more)
-        if self._mask is not None or other._mask is not None or mine != theirs:
-            masks = []
-            for one, tokens in ((self, mine), (other, theirs)):
-                own = one._mask
-                if own is None:
-                    own = torch.ones((one.rows, tokens), dtype=torch.long, device=self._device)
-                masks.append(F.pad(own, (max(mine, theirs) - own.shape[1], 0)))
-            self._mask = torch.cat(masks)
-        self._next = torch.cat([self._next, other._next])
-        self._logits = torch.cat([self._logits, other._logits])
-        self.rollouts += other.rollouts
-        self._joint = self._stack()
 
     @torch.no_grad()
     def advance(self) -> list[Rollout]:

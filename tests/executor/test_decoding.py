@@ -80,18 +80,6 @@ def test_the_cache_is_the_stock_one() -> None:
             assert torch.equal(ours.keys, stock.keys)
 
 
-def test_caches_join_below_each_other_padded_on_the_left() -> None:
-    long, short = GrowingLayer(), GrowingLayer()
-    long.update(torch.ones(2, 1, 5, 3), torch.ones(2, 1, 5, 3))
-    short.update(torch.full((1, 1, 2, 3), 2.0), torch.full((1, 1, 2, 3), 3.0))
-    short.join(long)
-    assert short.keys.shape == (3, 1, 5, 3)
-    assert short.keys[0, 0, :, 0].tolist() == [0, 0, 0, 2, 2]
-    assert short.values[0, 0, :, 0].tolist() == [0, 0, 0, 3, 3]
-    keys, _ = short.update(torch.full((3, 1, 1, 3), 4.0), torch.zeros(3, 1, 1, 3))
-    assert keys[:, 0, -2:, 0].tolist() == [[2, 4], [1, 4], [1, 4]]
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 @pytest.mark.parametrize("masked", [False, True])
 def test_one_token_attends_as_the_stock_kernel_has_it(dtype: torch.dtype, masked: bool) -> None:
