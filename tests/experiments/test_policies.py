@@ -264,10 +264,12 @@ def test_held_out_section(tmp_path: Path) -> None:
     assert text == f"{BEGIN}\nkept\n{END}\n\n{held_out_section(results)}\n\nafter\n"
     auto = results["settings"][1]
     assert "2 tables that were recorded when every policy was frozen (at abc1234)" in text
-    assert f"it has a regret of {max(auto['regret']):.3f}." in text
+    assert f"at its worst {max(auto['regret']):.3f} (" in text
+    assert f"above 0.05 on {sum(one > 0.05 for one in auto['regret'])} of 4" in text
     cell = f"{auto['regret'][2]:.3f} / {auto['speedup'][2]:.1f}× [{auto['regret_low'][2]:.3f}, "
     assert f"| SFT loss | 6 × 5 | {cell}" in text
-    assert "| 0.000 / 1.0× |" in text
+    assert "| `ASHA (reduction_factor=2)` | `Nop` | Median of running |\n" in text
+    assert "] | 0.000 / 1.0× | " in text
 
 
 # -- what is committed ---------------------------------------------------------------------------------------------
@@ -312,6 +314,26 @@ def test_our_tables_are_what_they_are_taken_for() -> None:
         assert (table.costs > 0).all()
 
 
+def test_held_out_tables_are_what_they_are_taken_for() -> None:
+    about = json.loads((HERE / "heldout_tables.json").read_text(encoding="utf-8"))
+    results = json.loads((HERE / "heldout.json").read_text(encoding="utf-8"))
+    config = parse(["--config", str(HERE / "heldout_run.toml")])[0]
+    assert (about["status"], about["dirty"]) == (results["status"], results["dirty"]) == ("complete", False)
+    assert about["config"] == tomllib.loads((HERE / "heldout.toml").read_text(encoding="utf-8"))
+    assert results["config"] == config
+    recorded = provenance.sha256(HERE / "heldout_tables.npz")
+    assert results["data"] == {"heldout_tables.npz": about["tables_sha256"]} == {"heldout_tables.npz": recorded}
+    assert results["missing_tables"] == []
+    tables = load(config)[0]
+    assert [table.name for table in tables] == list(about["tasks"])
+    for table in tables:
+        task = about["config"][table.name]
+        assert table.scores is not None
+        assert table.scores.shape == (task["trials"], task["chunks"], task["held_out"])
+        assert len({tuple(sorted(one.items())) for one in table.params}) == task["trials"]
+
+
 def test_readme_agrees_with_the_results() -> None:
-    results = json.loads((HERE / "results.json").read_text(encoding="utf-8"))
-    assert section(results) in README.read_text(encoding="utf-8")
+    text = README.read_text(encoding="utf-8")
+    for name, made in (("results.json", section), ("heldout.json", held_out_section)):
+        assert made(json.loads((HERE / name).read_text(encoding="utf-8"))) in text
