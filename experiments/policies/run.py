@@ -3,6 +3,8 @@
     python experiments/policies/run.py                                   # all of config.toml, minutes
     python experiments/policies/run.py --processes 8
     python experiments/policies/run.py --policies Auto ASHA "Optuna Median" --seeds 5 --out runs/look.json
+    python experiments/policies/run.py --config experiments/policies/heldout_run.toml \
+        --out experiments/policies/heldout.json
 
 A *table* is a recorded sweep (`tables.py`), a *cell* a table and a number of slots, a *setting* a policy or an Optuna
 pruner with its arguments. Each seed draws trials from a table and the order in which they come, the same for every
@@ -14,7 +16,8 @@ Intervals are 95% bootstrap intervals over seeds, paired: what is compared share
 speed-up 1 in every draw, so a setting's own interval is that of its difference from `Nop`.
 
 A setting whose policy or argument does not exist is skipped, as is a table whose file is missing; both are listed in
-`results.json` with the reason. `figure.png` and the generated section of policies/README.md follow from it.
+`results.json` with the reason. `figure.png` and the generated section of policies/README.md follow from it, as
+`heldout.png` and another section follow from `heldout.json`.
 """
 
 from __future__ import annotations
@@ -26,7 +29,7 @@ import sys
 import time
 import tomllib
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -226,7 +229,8 @@ def run(config: Mapping[str, Any], out: Path, processes: int = 1) -> dict[str, A
     resampled = measure.weights(config["seeds"], config["draws"], config["seed"])
     results["settings"] = [_columns(setting, outcomes[setting.label], resampled) for setting in settings]
     results["groups"] = groups(results["cells"], outcomes, resampled)
-    results["auto"] = against_rivals(config["auto"], settings, results["cells"], outcomes, resampled)
+    for key, kinds in (("auto", ("baseline", "rival")), ("auto_among_ours", ("ours",))):
+        results[key] = against(kinds, config["auto"], settings, results["cells"], outcomes, resampled)
     results["wall_s"] = time.monotonic() - begin
     results = rounded(results)
     provenance.write(out, results)
@@ -302,22 +306,23 @@ def _mean(outcomes: Sequence[Outcome], resampled: Weights) -> dict[str, Any]:
     }
 
 
-def against_rivals(
+def against(
+    kinds: Collection[str],
     auto: str,
     settings: Sequence[Setting],
     cells: Sequence[Mapping[str, Any]],
     outcomes: Mapping[str, Sequence[Outcome | None]],
     resampled: Weights,
 ) -> dict[str, Any] | None:
-    """Who beats `auto` where: the front of the rivals and baselines, and each rival's difference, cell by cell.
+    """Who beats `auto` where: the front of the settings of some kinds, and each one's difference, cell by cell.
 
-    `share` is that of cells where no rival is both faster and better beyond the noise; `share_in_means` the same by the
-    means alone, ties included. None where `auto` was not run.
+    `share` is that of cells where none of them is both faster and better beyond the noise; `share_in_means` the same by
+    the means alone, ties included. None where `auto` was not run.
     """
     mine = next((setting.label for setting in settings if setting.name == auto and setting.first), None)
     if mine is None:
         return None
-    rivals = [setting.label for setting in settings if setting.kind != "ours"]
+    rivals = [setting.label for setting in settings if setting.kind in kinds and setting.name != auto]
     entries = []
     for place, cell in enumerate(cells):
         own = outcomes[mine][place]
@@ -373,6 +378,8 @@ def parse(words: Sequence[str] | None = None) -> tuple[dict[str, Any], argparse.
     given = parser.parse_args(words)
     config = tomllib.loads(given.config.read_text(encoding="utf-8"))
     config["seeds"] = given.seeds or config["seeds"]
+    if isinstance(config["policies"], str):  # those of another configuration
+        config["policies"] = tomllib.loads((given.config.parent / config["policies"]).read_text("utf-8"))["policies"]
     for key, field, chosen in (("policies", "name", given.policies), ("tables", "group", given.groups)):
         known = [entry[field] for entry in config[key]]
         if unknown := [name for name in chosen or () if name not in known]:
@@ -392,7 +399,7 @@ def main() -> None:
     for one in (*results["missing_tables"], *results["missing_settings"]):
         print("skipped: " + ": ".join(one.values()))
     print(draw(results, given.out.with_name("figure.png" if given.out.stem == "results" else f"{given.out.stem}.png")))
-    if given.out.resolve() == HERE / "results.json":
+    if given.out.resolve() in (HERE / "results.json", HERE / "heldout.json"):
         write_section(README, results)
 
 

@@ -1,7 +1,8 @@
 """The settings of `RisingBound` around those that `Auto` stands for, on one half of the tables and on the other.
 
 No blind choice: the rule below was changed three times after seeing what it picked, until it agreed with `Auto`, and
-`Auto`'s protected top was set on all tables (LOG.md tells). Read the whole grid, not `chosen` alone.
+`Auto`'s protected top was set on all tables (LOG.md tells). Read the whole grid, not `chosen` alone. What `Auto` is
+worth on tables that nobody had seen is in `heldout.json`.
 
     python experiments/policies/tune.py
 

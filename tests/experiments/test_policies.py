@@ -15,12 +15,10 @@ from experiments import provenance
 from experiments.policies import measure
 from experiments.policies.figure import draw
 from experiments.policies.measure import Outcome, dominates, dominates_in_means, front, interval, is_best, regret
-from experiments.policies.record import collect
 from experiments.policies.rivals import RunningMedian
 from experiments.policies.run import parse, rounded, run, settings_of
-from experiments.policies.section import BEGIN, END, README, section, write_section
+from experiments.policies.section import BEGIN, END, HELD_OUT_BEGIN, README, held_out_section, section, write_section
 from experiments.policies.tables import Table, load
-from rapidfire_automl.records import TrialRecord
 from rapidfire_policies import History, TrialHistory, TrialState
 
 HERE = Path(provenance.ROOT) / "experiments" / "policies"
@@ -167,19 +165,6 @@ def small(folder: Path) -> dict[str, Any]:
     return tomllib.loads(SMALL.replace("OWN", str(folder / "own.npz")))
 
 
-def test_records_become_arrays() -> None:
-    records = [
-        TrialRecord(0, {"r": 4}, scores=[np.array([1.0, 2.0]), np.array([3.0, 4.0])], tokens=[5, 6]),
-        TrialRecord(1, {"r": 8}, scores=[np.array([7.0, 8.0])], tokens=[9]),
-    ]
-    made = collect(records, chunks=2, examples=2)
-    assert made["scores"].tolist()[0] == [[1.0, 2.0], [3.0, 4.0]]
-    assert made["scores"][1, 0].tolist() == [7.0, 8.0]
-    assert np.isnan(made["scores"][1, 1]).all()
-    assert made["tokens"].tolist() == [[5, 6], [9, 0]]
-    assert json.loads(str(made["params"])) == [{"r": 4}, {"r": 8}]
-
-
 def test_draws_are_the_same_rows_everywhere(tmp_path: Path) -> None:
     tables, missing, hashes = load(small(tmp_path))
     assert [table.name for table in tables] == ["sft", "sft accuracy"]
@@ -230,6 +215,10 @@ def test_a_small_run(tmp_path: Path) -> None:
             assert all(low <= mean <= high for low, mean, high in bounds)
     assert results["auto"]["setting"] == "ASHA (reduction_factor=2)"
     assert (results["auto"]["cells"], results["auto"]["held_out_cells"]) == (4, 2)
+    assert {*results["auto"]["by_cell"][0]["rival_minus_auto"]} == {
+        "Nop", "Median of running", "Optuna Patient (MedianPruner, patience=1)",
+    }  # fmt: skip
+    assert results["auto_among_ours"]["by_cell"][0]["rival_minus_auto"] == {}  # only other policies of ours
     assert draw(results, tmp_path / "figure.png") is not None
     assert (tmp_path / "figure.png").stat().st_size > 10_000
 
@@ -264,6 +253,25 @@ def test_section_is_put_in_its_place(tmp_path: Path) -> None:
         write_section(tmp_path / "results.json", results)
 
 
+def test_held_out_section(tmp_path: Path) -> None:
+    held_out = {"frozen_at": "abc1234", "compared": ["Nop", "Median of running", "Not there"]}
+    results = run({**small(tmp_path), **held_out}, tmp_path / "heldout.json")
+    readme = tmp_path / "README.md"
+    readme.write_text(f"{BEGIN}\nkept\n{END}\n\n{HELD_OUT_BEGIN}\nold\n{END}\n\nafter\n", encoding="utf-8")
+    for _ in range(2):
+        write_section(readme, results)
+    text = readme.read_text(encoding="utf-8")
+    assert text == f"{BEGIN}\nkept\n{END}\n\n{held_out_section(results)}\n\nafter\n"
+    auto = results["settings"][1]
+    assert "2 tables that were recorded when every policy was frozen (at abc1234)" in text
+    assert f"at its worst {max(auto['regret']):.3f} (" in text
+    assert f"above 0.05 on {sum(one > 0.05 for one in auto['regret'])} of 4" in text
+    cell = f"{auto['regret'][2]:.3f} / {auto['speedup'][2]:.1f}× [{auto['regret_low'][2]:.3f}, "
+    assert f"| SFT loss | 6 × 5 | {cell}" in text
+    assert "| `ASHA (reduction_factor=2)` | `Nop` | Median of running |\n" in text
+    assert "] | 0.000 / 1.0× | " in text
+
+
 # -- what is committed ---------------------------------------------------------------------------------------------
 
 
@@ -276,6 +284,15 @@ def test_the_committed_configuration_is_read() -> None:
     assert len({setting.label for setting in settings}) == len(settings)
     with pytest.raises(SystemExit):
         parse(["--policies", "nonsense"])
+
+
+def test_held_out_tables_are_judged_with_the_same_policies() -> None:
+    held_out, usual = parse(["--config", str(HERE / "heldout_run.toml")])[0], parse([])[0]
+    assert held_out["policies"] == usual["policies"]
+    for name in ("seeds", "slots", "draws", "auto"):
+        assert held_out[name] == usual[name]
+    names = [one["name"] for one in usual["policies"]]
+    assert set(held_out["compared"]) <= set(names)
 
 
 def test_our_tables_are_what_they_are_taken_for() -> None:
@@ -297,6 +314,26 @@ def test_our_tables_are_what_they_are_taken_for() -> None:
         assert (table.costs > 0).all()
 
 
+def test_held_out_tables_are_what_they_are_taken_for() -> None:
+    about = json.loads((HERE / "heldout_tables.json").read_text(encoding="utf-8"))
+    results = json.loads((HERE / "heldout.json").read_text(encoding="utf-8"))
+    config = parse(["--config", str(HERE / "heldout_run.toml")])[0]
+    assert (about["status"], about["dirty"]) == (results["status"], results["dirty"]) == ("complete", False)
+    assert about["config"] == tomllib.loads((HERE / "heldout.toml").read_text(encoding="utf-8"))
+    assert results["config"] == config
+    recorded = provenance.sha256(HERE / "heldout_tables.npz")
+    assert results["data"] == {"heldout_tables.npz": about["tables_sha256"]} == {"heldout_tables.npz": recorded}
+    assert results["missing_tables"] == []
+    tables = load(config)[0]
+    assert [table.name for table in tables] == list(about["tasks"])
+    for table in tables:
+        task = about["config"][table.name]
+        assert table.scores is not None
+        assert table.scores.shape == (task["trials"], task["chunks"], task["held_out"])
+        assert len({tuple(sorted(one.items())) for one in table.params}) == task["trials"]
+
+
 def test_readme_agrees_with_the_results() -> None:
-    results = json.loads((HERE / "results.json").read_text(encoding="utf-8"))
-    assert section(results) in README.read_text(encoding="utf-8")
+    text = README.read_text(encoding="utf-8")
+    for name, made in (("results.json", section), ("heldout.json", held_out_section)):
+        assert made(json.loads((HERE / name).read_text(encoding="utf-8"))) in text
