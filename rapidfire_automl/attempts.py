@@ -1,9 +1,9 @@
 """One trial over several attempts: Optuna never hands a RUNNING trial out again, so what goes on is a new one.
 
 A trial whose process has died is failed, and a WAITING one takes its place, with its parameters, attributes and
-reported values. That is what Optuna's own `RetryHeartbeatStaleTrialCallback` does with the trials of a dead worker, in the same
-system attributes, so both go on alike. The number of the first attempt is the trial's number throughout, in the
-records, the events, the folders and for the policy; Optuna's own numbers have gaps then.
+reported values. That is what Optuna's own `RetryHeartbeatStaleTrialCallback` does with the trials of a dead worker, in
+the same system attributes, so both go on alike. The number of the first attempt is the trial's number throughout, in
+the records, the events, the folders and for the policy; Optuna's own numbers have gaps then.
 """
 
 from __future__ import annotations

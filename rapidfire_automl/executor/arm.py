@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -51,6 +52,7 @@ class Arm:
     step: int = 0
     asked: int = 0
     span_start_s: float = 0.0
+    baton_since_s: float = 0.0
     go: threading.Event = field(default_factory=threading.Event)
     decision: Decision | None = None
 
@@ -84,6 +86,12 @@ class Arm:
     def put_generator(self, generator: torch.Generator) -> None:
         """Go on from where a pass's draws have left off."""
         self.context.take(generator)
+
+    def charge_baton(self) -> None:
+        """Charge the chunk with the time since the arm was handed the baton, or was charged last."""
+        now = time.perf_counter()
+        self.chunk_seconds += now - self.baton_since_s
+        self.baton_since_s = now
 
     def abandon_passes(self) -> None:
         """Say that no backward will come from the trial's open passes."""

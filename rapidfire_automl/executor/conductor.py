@@ -232,11 +232,11 @@ class Conductor:
         home.enter()  # joint passes draw from the trials' generators only; what comes after a round may not
 
     def _hand_baton(self, arm: Arm) -> None:
-        begin = time.perf_counter()
+        arm.baton_since_s = time.perf_counter()
         self._idle.clear()
         arm.go.set()
         self._idle.wait()
-        arm.chunk_seconds += time.perf_counter() - begin
+        arm.charge_baton()
         if arm.done:
             arm.abandon_passes()
 

@@ -375,6 +375,7 @@ class RapidFireExecutor:
                     self.chunks,
                     self.seed,
                     self._tell,
+                    self._referee.record,
                     self._folder,
                     None if isinstance(self._model_like, PreTrainedModel) else self._load_base,
                     self._keep_base,

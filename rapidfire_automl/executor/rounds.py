@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import optuna
@@ -57,7 +57,7 @@ class Referee:
             self._tell("warning", None, message=message)
 
     def __call__(self, waiting: Sequence[Arm], paused: Sequence[Arm]) -> dict[int, Decision]:
-        """Record what the arms at a boundary have to say, and judge.
+        """Report what the arms at a boundary have come to, and judge.
 
         Args:
             waiting: Arms at a boundary.
@@ -66,8 +66,6 @@ class Referee:
         Returns:
             A decision per trial number; whoever is left out goes on as it is.
         """
-        for arm in waiting:
-            self._record(arm)
         report(waiting)
         ended = [arm for arm in waiting if len(arm.record.values) >= len(arm.record.boundaries)]
         for arm in ended:
@@ -96,15 +94,22 @@ class Referee:
             self._tell("verdict", arm, verdict=str(decision.verdict), reason=decision.reason)
         return decisions
 
-    def _record(self, arm: Arm) -> None:
-        request, record = arm.request, arm.record
-        scores = np.asarray(request.scores, dtype=np.float64)
-        record.add_chunk(
-            request.vector, scores, request.metrics, arm.chunk_seconds, arm.chunk_tokens, arm.chunk_generated
-        )
+    def record(self, arm: Arm, vector: tuple[float, ...], scores: Any, metrics: Mapping[str, float]) -> None:
+        """Take down what an arm's chunk has come to; called in its thread.
+
+        Args:
+            arm: Whose.
+            vector: A value an objective, in the user's sign.
+            scores: Per example, in the user's sign, `(examples,)`, or `(objectives, examples)` with several objectives.
+            metrics: What the trainer has logged in this chunk, by name.
+        """
+        record = arm.record
+        arm.charge_baton()
+        scores = np.asarray(scores, dtype=np.float64)
+        record.add_chunk(vector, scores, metrics, arm.chunk_seconds, arm.chunk_tokens, arm.chunk_generated)
         if len(record.values) == 1:
             arm.trial.set_user_attr(COST_ATTR, arm.chunk_tokens + arm.chunk_generated)
-        several = {"vector": request.vector} if len(request.vector) > 1 else {}
+        several = {"vector": vector} if len(vector) > 1 else {}
         self._tell(
             "chunk_done",
             arm,

@@ -54,6 +54,7 @@ class Runner:
         chunks: Of a whole trial.
         seed: Of the evaluation.
         tell: Emits an event (kind, arm or None, data).
+        record: Takes down what a chunk has come to.
         folder: Where a trial's files go.
         reload: Loads the base anew, or None where it came as an object.
         keep_base: Takes what the untrained base is worth.
@@ -66,6 +67,7 @@ class Runner:
     chunks: int
     seed: int
     tell: Callable[..., None]
+    record: Callable[..., None]
     folder: Callable[[int], Path]
     reload: Callable[[], PreTrainedModel] | None
     keep_base: Callable[[Measured], None]
@@ -188,6 +190,7 @@ class Runner:
             chunks=self.chunks,
             seed=self.seed,
             tell=self.tell,
+            record=self.record,
             measure_base=take_base,
             keep_base=keep_base,
             check=base.check_arm,

@@ -38,6 +38,7 @@ class Host:
         chunks: Of a whole trial.
         seed: Of the evaluation's generator.
         tell: Emits an event.
+        record: Takes down what a chunk has come to.
         measure_base: Whether this arm is to measure the untrained base: the first, or the next if that fails.
         keep_base: Takes what it measured, or None if it failed.
         check: Raises if the base's tensors were touched, or the arm's were replaced.
@@ -54,6 +55,7 @@ class Host:
     chunks: int
     seed: int
     tell: Callable[..., None]
+    record: Callable[[Arm, tuple[float, ...], Any, Mapping[str, float]], None]
     measure_base: Callable[[], bool]
     keep_base: Callable[[Any], None]
     check: Callable[[Arm], None]
@@ -159,8 +161,8 @@ class ChunkCallback(TrainerCallback):
             measured = host.evaluator.measure(self._trainer, minimize=arm.minimize)
         vars(control).update(flags)  # a metric that calls `trainer.evaluate()` would swallow this step's log
         self._logged = len(state.log_history)
-        boundary = Boundary(len(arm.record.values) + 1, measured.vector, measured.scores, metrics)
-        decision = host.submit(arm, boundary)
+        host.record(arm, measured.vector, measured.scores, metrics)
+        decision = host.submit(arm, Boundary(len(arm.record.values)))
         if isinstance(decision, Decision) and decision.verdict in (Verdict.STOP, Verdict.COMPLETE):
             control.should_training_stop = True
             if state.global_step < state.max_steps:
