@@ -32,6 +32,8 @@ class Arm:
         context: Its share of the process-wide state.
         record: Its story.
         minimize: Whether its study minimises, by objective.
+        judged: Chunks on which there is a verdict.
+        restored: What it goes on from, where an earlier process has begun it.
     """
 
     trial: optuna.Trial
@@ -50,6 +52,8 @@ class Arm:
     chunk_tokens: int = 0
     chunk_generated: int = 0
     step: int = 0
+    judged: int = 0
+    restored: Any = None
     asked: int = 0
     span_start_s: float = 0.0
     baton_since_s: float = 0.0

@@ -92,6 +92,13 @@ class Conductor:
         """Live arms in trial order, paused ones included."""
         return self._arms
 
+    def adopt(self, arms: Sequence[Arm]) -> None:
+        """Take arms that an earlier process has begun; paused ones without a slot."""
+        for arm in arms:
+            if arm.record.state is not TrialState.PAUSED:
+                self._give_slot(arm)
+        self._arms = sorted([*self._arms, *arms], key=lambda arm: arm.number)
+
     # -- called from an arm's thread ---------------------------------------------------------------------------------
 
     def submit(self, arm: Arm, request: Any) -> Any:

@@ -34,10 +34,17 @@ class Referee:
         slots: Trials that train at a time.
         tell: Emits an event (kind, arm, data).
         cost: What a policy sees as the cost of a chunk.
+        keep: Puts a round's verdicts, `(trial, chunk, verdict, reason)` each, on disk before they take effect.
     """
 
     def __init__(
-        self, records: Mapping[int, TrialRecord], chunks: int, slots: int, tell: Callable[..., None], cost: Cost
+        self,
+        records: Mapping[int, TrialRecord],
+        chunks: int,
+        slots: int,
+        tell: Callable[..., None],
+        cost: Cost,
+        keep: Callable[[list[tuple[int, int, str, str]]], None] = lambda verdicts: None,
     ) -> None:
         self._past: tuple[TrialHistory, ...] = ()
         self._cost = cost
@@ -45,6 +52,7 @@ class Referee:
         self._chunks = chunks
         self._slots = slots
         self._tell = tell
+        self._keep = keep
 
     def begin(self, study: optuna.Study) -> None:
         """Take up a study; says so once where its pruner will have no say."""
@@ -86,7 +94,15 @@ class Referee:
             decisions = dict(judge(one.trial.study, going, paused, whole))
         for arm in ended:
             decisions[arm.number] = Decision(Verdict.COMPLETE, "trained to the end")
-        for arm in sorted([*waiting, *paused], key=lambda arm: arm.number):
+        both = sorted([*waiting, *paused], key=lambda arm: arm.number)
+        verdicts = []
+        for arm in both:
+            arm.judged = len(arm.record.values)
+            made = decisions.get(arm.number)
+            verdict, reason = ("", "") if made is None else (str(made.verdict), made.reason)
+            verdicts.append((arm.number, arm.judged, verdict, reason))
+        self._keep(verdicts)
+        for arm in both:
             decision = decisions.get(arm.number)
             if decision is None or (arm in paused and decision.verdict is Verdict.PAUSE):
                 continue

@@ -21,7 +21,7 @@ from rapidfire_automl.executor.base import Base, BaseChanged
 from rapidfire_automl.executor.conductor import Conductor
 from rapidfire_automl.executor.evaluation import Evaluator, Measured
 from rapidfire_automl.executor.requests import Forward
-from rapidfire_policies.base import TrialState, Verdict
+from rapidfire_policies.base import Decision, TrialState, Verdict
 
 logger = logging.getLogger("rapidfire_automl")
 
@@ -59,6 +59,8 @@ class Runner:
         reload: Loads the base anew, or None where it came as an object.
         keep_base: Takes what the untrained base is worth.
         abort: Ends the search with an error.
+        save: Puts an arm's state on disk; called with whether its trainer is logging.
+        check_same: Raises if an arm that goes on was begun as another trial.
     """
 
     base: Base
@@ -72,6 +74,8 @@ class Runner:
     reload: Callable[[], PreTrainedModel] | None
     keep_base: Callable[[Measured], None]
     abort: Callable[[BaseException], None]
+    save: Callable[[Arm, Any, bool], None] = lambda arm, trainer, logging: None
+    check_same: Callable[[Arm, Any], None] = lambda arm, trainer: None
     _local: threading.local = field(default_factory=threading.local)
     _base_taken: bool = False
 
@@ -79,6 +83,10 @@ class Runner:
     def arm(self) -> Arm | None:
         """The arm whose trial is built or trained in this thread."""
         return getattr(self._local, "arm", None)
+
+    def base_is_known(self) -> None:
+        """An earlier process has measured the untrained base."""
+        self._base_taken = True
 
     def run(self, arm: Arm, build: Builder) -> Outcome:
         """Take a trial from its first turn to its end; raises nothing a trial can raise."""
@@ -127,6 +135,8 @@ class Runner:
 
     def _train(self, arm: Arm, build: Builder) -> Outcome:
         base, record = self.base, arm.record
+        if isinstance(arm.answer, Decision) and arm.answer.verdict is Verdict.STOP:
+            return Outcome("pruned", record.last_vector, arm.answer.reason)  # while it was paused, in another process
         trainer = None
         try:
             trainer = build(arm.trial)
@@ -137,6 +147,7 @@ class Runner:
             base.check(repair=True)
         if isinstance(model := getattr(trainer, "model", None), PeftModel) and not base.owns(model.get_base_model()):
             raise ValueError("The trainer's model did not come from this executor. Pass `model=executor.model(trial)`.")
+        self.check_same(arm, trainer)
         training.train(arm, trainer, self._host())
         verdict, reason = record.verdicts[-1][1:] if record.verdicts else ("", "")
         if record.boundaries and len(record.values) < len(record.boundaries):
@@ -191,6 +202,7 @@ class Runner:
             seed=self.seed,
             tell=self.tell,
             record=self.record,
+            save=self.save,
             measure_base=take_base,
             keep_base=keep_base,
             check=base.check_arm,

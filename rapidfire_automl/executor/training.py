@@ -39,6 +39,7 @@ class Host:
         seed: Of the evaluation's generator.
         tell: Emits an event.
         record: Takes down what a chunk has come to.
+        save: Puts an arm's state on disk; called with whether its trainer is logging.
         measure_base: Whether this arm is to measure the untrained base: the first, or the next if that fails.
         keep_base: Takes what it measured, or None if it failed.
         check: Raises if the base's tensors were touched, or the arm's were replaced.
@@ -56,6 +57,7 @@ class Host:
     seed: int
     tell: Callable[..., None]
     record: Callable[[Arm, tuple[float, ...], Any, Mapping[str, float]], None]
+    save: Callable[[Arm, Trainer, bool], None]
     measure_base: Callable[[], bool]
     keep_base: Callable[[Any], None]
     check: Callable[[Arm], None]
@@ -84,16 +86,20 @@ class ChunkCallback(TrainerCallback):
     ) -> None:
         """Cut the trial's own stream into chunks."""
         arm, host = self._arm, self._host
-        arm.record.boundaries = list(_boundaries(self._trainer, state.max_steps, host.chunks))
+        boundaries = list(_boundaries(self._trainer, state.max_steps, host.chunks))
+        if arm.record.values and boundaries != arm.record.boundaries:
+            raise ValueError(f"its chunks ended at steps {arm.record.boundaries}, now they would at {boundaries}")
+        arm.record.boundaries = boundaries
         arm.step = state.global_step
         host.tell(
-            "trial_started",
+            "trial_resumed" if arm.restored is not None else "trial_started",
             arm,
             params=dict(arm.record.params),
             trainer=arm.record.trainer,
             max_steps=state.max_steps,
             boundaries=list(arm.record.boundaries),
             fused=arm.record.fused,
+            **({} if arm.restored is None else {"attempt": arm.restored.attempt}),
         )
         if host.measure_base():
             measured = None
@@ -138,7 +144,7 @@ class ChunkCallback(TrainerCallback):
 
     def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """The boundary's step has been logged."""
-        self._close_chunk(state, control)
+        self._close_chunk(state, control, logging=True)
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -146,8 +152,8 @@ class ChunkCallback(TrainerCallback):
         """A callback has kept the trainer from logging the last step."""
         self._close_chunk(state, control)
 
-    def _close_chunk(self, state: TrainerState, control: TrainerControl) -> None:
-        """Where a boundary is due: evaluate, report, wait."""
+    def _close_chunk(self, state: TrainerState, control: TrainerControl, *, logging: bool = False) -> None:
+        """Where a boundary is due: evaluate, record, save, wait; what was judged in an earlier process is not again."""
         if not self._due:
             return
         self._due = False
@@ -162,7 +168,9 @@ class ChunkCallback(TrainerCallback):
         vars(control).update(flags)  # a metric that calls `trainer.evaluate()` would swallow this step's log
         self._logged = len(state.log_history)
         host.record(arm, measured.vector, measured.scores, metrics)
-        decision = host.submit(arm, Boundary(len(arm.record.values)))
+        host.save(arm, self._trainer, logging)
+        chunk = len(arm.record.values)
+        decision = None if chunk <= arm.judged else host.submit(arm, Boundary(chunk))
         if isinstance(decision, Decision) and decision.verdict in (Verdict.STOP, Verdict.COMPLETE):
             control.should_training_stop = True
             if state.global_step < state.max_steps:
@@ -206,7 +214,7 @@ def train(arm: Arm, trainer: Any, host: Host) -> None:
     arm.walks = CheapWalks(model)
     seam.open()
     try:
-        trainer.train()
+        _train(arm, trainer, host)
     finally:
         seam.close()
         arm.walks.close()
@@ -214,6 +222,24 @@ def train(arm: Arm, trainer: Any, host: Host) -> None:
         host.part(arm)
     for note in seam.notes:
         logger.info("Trial %d: %s.", arm.number, note)
+
+
+def _train(arm: Arm, trainer: Trainer, host: Host) -> None:
+    """Train from the start, or from where an earlier process has left off."""
+    tree = None if arm.restored is None else arm.restored.tree
+    if tree is None:
+        trainer.train()
+        return
+    # What was trained and not judged is judged first; a verdict on a paused trial is known.
+    decision = arm.answer
+    if len(arm.record.values) > arm.judged:
+        decision = host.submit(arm, Boundary(len(arm.record.values)))
+    if isinstance(decision, Decision) and decision.verdict in (Verdict.STOP, Verdict.COMPLETE):
+        if decision.verdict is Verdict.COMPLETE:
+            seams.durable.load_adapter(trainer, arm.restored.folder)
+        return
+    with seams.durable.going_on(trainer, tree["trainer"], arm.restored.folder, arm.context):
+        trainer.train(resume_from_checkpoint=str(arm.restored.folder))
 
 
 def save(arm: Arm, model: PeftModel, folder: Path) -> None:
