@@ -12,7 +12,7 @@ import hashlib
 import json
 import shutil
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,10 +23,11 @@ from optuna.trial import TrialState as OptunaState
 from torch import nn
 
 from rapidfire_automl import attempts, failpoints
-from rapidfire_automl.executor import checkpoints, seams
 from rapidfire_automl.executor.arm import Arm
 from rapidfire_automl.executor.evaluation import Measured
+from rapidfire_automl.executor.checkpoints import Snapshot, chunk_folder, newest
 from rapidfire_automl.executor.journal import Journal, Past, SearchDiffers, differences
+from rapidfire_automl.executor.writing import Trouble, Writer, Written
 from rapidfire_automl.records import TrialRecord
 from rapidfire_policies.base import TrialState
 
@@ -41,13 +42,11 @@ class Restored:
     """What a trial goes on from.
 
     Args:
-        tree: Its checkpoint, or None where it had none: it begins anew.
-        folder: Of the checkpoint.
+        snapshot: Its checkpoint, or None where it had none: it begins anew.
         attempt: Which attempt this is, from 1.
     """
 
-    tree: Mapping[str, Any] | None
-    folder: Path | None
+    snapshot: Snapshot | None
     attempt: int
 
 
@@ -83,12 +82,11 @@ class Durability:
         self._folder = folder
         self._tell = tell
         self._journal = Journal(folder)
-        self._writer = checkpoints.Writer(
-            on_written=self._written, on_trouble=lambda message: tell("writing_paused", None, message=message)
-        )
+        self._writer = Writer(keep=_KEEP, on_written=self._written, on_trouble=self._trouble)
         self._on = False
         self._written_bytes = 0
         self._written_s = 0.0
+        self._over_there: dict[Path, Path] = {}
 
     # -- beginning and ending ------------------------------------------------------------------------------------------
 
@@ -155,30 +153,23 @@ class Durability:
             self._journal.write("round", verdicts=verdicts)
             failpoints.hit("round.judged")
 
-    def save(self, arm: Arm, trainer: Any, *, logging: bool) -> None:
+    @property
+    def is_on(self) -> bool:
+        """Whether a search is under way that is to survive."""
+        return self._on
+
+    def save(self, arm: Arm, trainer: Any, snapshot: Snapshot) -> None:
         """Hand a trial's state to the writer.
 
         Args:
             arm: At a boundary, its chunk recorded.
             trainer: Its trainer.
-            logging: Whether the trainer is in the middle of logging the step.
+            snapshot: The trainer's state.
         """
-        if not self._on:
-            return
-        chunk = len(arm.record.values)
-        arm.context.save()
-        tree = {
-            "record": to_tree(arm.record),
-            "data": fingerprint_of_data(trainer),
-            "trainer": seams.durable.capture(trainer, arm.context, logging=logging),
-        }
-        self._writer.submit(
-            self._of(arm.number, _CHECKPOINTS),
-            chunk,
-            tree,
-            adapter=seams.durable.adapter(trainer),
-            keep=_KEEP,
-        )
+        if self._on:
+            tree = {**snapshot.tree, "record": to_tree(arm.record), "data": fingerprint_of_data(trainer)}
+            folder = chunk_folder(self._of(arm.number, _CHECKPOINTS), len(arm.record.values))
+            self._writer.submit(folder, replace(snapshot, tree=tree))
 
     def ended(self, arm: Arm, kind: str, vector: Sequence[float], reason: str) -> None:
         """A trial is through, whatever came of it: keep its story, drop its checkpoints."""
@@ -188,20 +179,25 @@ class Durability:
         self._journal.write(
             "ended", trial=number, outcome=kind, vector=list(vector), reason=reason, adapter=arm.record.adapter
         )
-        self._writer.submit(self._of(number, _ENDED), len(arm.record.values), {"record": to_tree(arm.record)}, keep=1)
-        self._writer.remove(self._of(number, _CHECKPOINTS))
+        folder = chunk_folder(self._of(number, _ENDED), len(arm.record.values))
+        self._over_there[folder] = self._of(number, _CHECKPOINTS)
+        self._writer.submit(folder, Snapshot({"record": to_tree(arm.record)}, {}, {}))
 
     def base(self, measured: Measured) -> None:
         """Keep what the untrained base is worth."""
         if self._on:
-            self._writer.submit(
-                self._folder / "base", 0, {"vector": list(measured.vector), "scores": measured.scores}, keep=1
-            )
+            tree = {"vector": list(measured.vector), "scores": measured.scores}
+            self._writer.submit(chunk_folder(self._folder / "base", 0), Snapshot(tree, {}, {}))
 
-    def _written(self, folder: Path, size_bytes: int, seconds: float) -> None:
-        self._written_bytes += size_bytes
-        self._written_s += seconds
-        self._tell("checkpoint", None, folder=str(folder), bytes=size_bytes, seconds=seconds)
+    def _written(self, written: Written) -> None:
+        self._written_bytes += written.bytes
+        self._written_s += written.seconds
+        if written.folder in self._over_there:  # the trial's story is safe, its weights nobody needs
+            shutil.rmtree(self._over_there.pop(written.folder), ignore_errors=True)
+        self._tell("checkpoint", None, folder=str(written.folder), bytes=written.bytes, seconds=written.seconds)
+
+    def _trouble(self, trouble: Trouble) -> None:
+        self._tell(f"writing_{trouble.kind}", None, folder=str(trouble.folder), reason=trouble.reason)
 
     @property
     def cost(self) -> tuple[int, float]:
@@ -218,7 +214,7 @@ class Durability:
         found = self._newest(self._folder / "base")
         if found is None:
             return None
-        return Measured(tuple(found[0]["vector"]), np.asarray(found[0]["scores"]))
+        return Measured(tuple(found.tree["vector"]), np.asarray(found.tree["scores"]))
 
     def go_on(self, study: optuna.Study, past: Past) -> tuple[list[TrialRecord], list[Unfinished]]:
         """Take up a search: finish what was decided, and have new attempts made of what was not finished.
@@ -256,7 +252,7 @@ class Durability:
         """The record of a trial that has ended; Optuna is told if it has not been."""
         number = attempts.number_of(trial)
         found = self._newest(self._of(number, _ENDED)) or self._newest(self._of(number, _CHECKPOINTS))
-        record = TrialRecord(number) if found is None else from_tree(found[0]["record"])
+        record = TrialRecord(number) if found is None else from_tree(found.tree["record"])
         record.params = record.params or dict(trial.params)
         kind = ended.get("outcome")
         if kind is not None:
@@ -272,18 +268,19 @@ class Durability:
 
     def _unfinished(self, trial: optuna.Trial, number: int, past: Past) -> Unfinished:
         found = self._newest(self._of(number, _CHECKPOINTS))
-        record = TrialRecord(number) if found is None else from_tree(found[0]["record"])
+        record = TrialRecord(number) if found is None else from_tree(found.tree["record"])
         record.verdicts = list(past.verdicts.get(number, []))
         record.state = TrialState.PAUSED if past.is_paused(number) else TrialState.RUNNING
         record.error = None
-        tree, folder = (None, None) if found is None else found
-        return Unfinished(trial, record, past.judged.get(number, 0), Restored(tree, folder, attempts.attempt_of(trial)))
+        return Unfinished(trial, record, past.judged.get(number, 0), Restored(found, attempts.attempt_of(trial)))
 
-    def _newest(self, folder: Path) -> tuple[Mapping[str, Any], Path] | None:
-        found, damaged = checkpoints.newest(folder)
-        for path, why in damaged:
+    def _newest(self, folder: Path) -> Snapshot | None:
+        if not folder.is_dir():
+            return None
+        found = newest(folder)
+        for path, why in found.damaged:
             self._tell("checkpoint_damaged", None, folder=str(path), reason=why)
-        return None if found is None else (found.tree, found.folder)
+        return found.snapshot
 
 
 def fingerprint_of_base(model: nn.Module) -> str:
@@ -323,14 +320,15 @@ def check_same_trial(arm: Arm, trainer: Any, space: Mapping[str, Any]) -> None:
         if name in space and space[name] != distribution:
             raise SearchDiffers(f"{where}: the search space of `{name}` was {space[name]}, is {distribution}.")
     restored = arm.restored
-    if restored is None or restored.tree is None:
+    if restored is None or restored.snapshot is None:
         return
-    before, now = restored.tree["record"]["params"], dict(arm.trial.params)
+    tree = restored.snapshot.tree
+    before, now = tree["record"]["params"], dict(arm.trial.params)
     if set(before) != set(now):
         names = ", ".join(f"`{name}`" for name in sorted(set(before) ^ set(now)))
         raise SearchDiffers(f"{where}: the search space has changed by {names}.")
     data = fingerprint_of_data(trainer)
-    if differ := differences(restored.tree["data"], data):
+    if differ := differences(tree["data"], data):
         raise SearchDiffers(f"{where}: {'; '.join(differ)}.")
 
 

@@ -29,6 +29,7 @@ from rapidfire_automl.executor.arguments import check as check_arguments
 from rapidfire_automl.executor.arguments import check_search
 from rapidfire_automl.executor.arm import Arm
 from rapidfire_automl.executor.base import Base
+from rapidfire_automl.executor.checkpoints import Snapshot
 from rapidfire_automl.executor.conductor import Conductor
 from rapidfire_automl.executor.context import TrialContext
 from rapidfire_automl.executor.durability import Durability, check_same_trial, distributions, fingerprint_of_base
@@ -403,6 +404,7 @@ class RapidFireExecutor:
                     None if isinstance(self._model_like, PreTrainedModel) else self._load_base,
                     self._keep_base,
                     self._abort,
+                    lambda: self._durability is not None and self._durability.is_on,
                     self._save,
                     self._check_same,
                 )
@@ -502,9 +504,9 @@ class RapidFireExecutor:
         if self._durability is not None:
             self._durability.judged(verdicts)
 
-    def _save(self, arm: Arm, trainer: Any, logging: bool) -> None:
+    def _save(self, arm: Arm, trainer: Any, snapshot: Snapshot) -> None:
         if self._durability is not None:
-            self._durability.save(arm, trainer, logging=logging)
+            self._durability.save(arm, trainer, snapshot)
 
     def _check_same(self, arm: Arm, trainer: Any) -> None:
         """End the search if a trial that goes on was begun as another one."""

@@ -59,7 +59,8 @@ class Runner:
         reload: Loads the base anew, or None where it came as an object.
         keep_base: Takes what the untrained base is worth.
         abort: Ends the search with an error.
-        save: Puts an arm's state on disk; called with whether its trainer is logging.
+        durable: Whether trials are to survive the process.
+        save: Puts an arm's state on disk.
         check_same: Raises if an arm that goes on was begun as another trial.
     """
 
@@ -74,7 +75,8 @@ class Runner:
     reload: Callable[[], PreTrainedModel] | None
     keep_base: Callable[[Measured], None]
     abort: Callable[[BaseException], None]
-    save: Callable[[Arm, Any, bool], None] = lambda arm, trainer, logging: None
+    durable: Callable[[], bool] = lambda: False
+    save: Callable[[Arm, Any, Any], None] = lambda arm, trainer, snapshot: None
     check_same: Callable[[Arm, Any], None] = lambda arm, trainer: None
     _local: threading.local = field(default_factory=threading.local)
     _base_taken: bool = False
@@ -202,6 +204,7 @@ class Runner:
             seed=self.seed,
             tell=self.tell,
             record=self.record,
+            durable=self.durable,
             save=self.save,
             measure_base=take_base,
             keep_base=keep_base,

@@ -16,6 +16,7 @@ from transformers.training_args import TrainingArguments
 from rapidfire_automl.chunks import chunk_boundaries, generation_boundaries
 from rapidfire_automl.executor import seams
 from rapidfire_automl.executor.arm import Arm
+from rapidfire_automl.executor.checkpoints import Snapshot
 from rapidfire_automl.executor.context import generators_of_its_own
 from rapidfire_automl.executor.evaluation import Evaluator
 from rapidfire_automl.executor.requests import Boundary, Pace
@@ -39,7 +40,8 @@ class Host:
         seed: Of the evaluation's generator.
         tell: Emits an event.
         record: Takes down what a chunk has come to.
-        save: Puts an arm's state on disk; called with whether its trainer is logging.
+        durable: Whether trials are to survive the process.
+        save: Puts an arm's state on disk.
         measure_base: Whether this arm is to measure the untrained base: the first, or the next if that fails.
         keep_base: Takes what it measured, or None if it failed.
         check: Raises if the base's tensors were touched, or the arm's were replaced.
@@ -57,7 +59,8 @@ class Host:
     seed: int
     tell: Callable[..., None]
     record: Callable[[Arm, tuple[float, ...], Any, Mapping[str, float]], None]
-    save: Callable[[Arm, Trainer, bool], None]
+    durable: Callable[[], bool]
+    save: Callable[[Arm, Trainer, Snapshot], None]
     measure_base: Callable[[], bool]
     keep_base: Callable[[Any], None]
     check: Callable[[Arm], None]
@@ -77,6 +80,7 @@ class ChunkCallback(TrainerCallback):
         self._arm = arm
         self._trainer = trainer
         self._host = host
+        self.durable: seams.Durable | None = None
         self._due = False
         self._logged = 0
         self.step_begins = False
@@ -144,7 +148,7 @@ class ChunkCallback(TrainerCallback):
 
     def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """The boundary's step has been logged."""
-        self._close_chunk(state, control, logging=True)
+        self._close_chunk(state, control)
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -152,7 +156,7 @@ class ChunkCallback(TrainerCallback):
         """A callback has kept the trainer from logging the last step."""
         self._close_chunk(state, control)
 
-    def _close_chunk(self, state: TrainerState, control: TrainerControl, *, logging: bool = False) -> None:
+    def _close_chunk(self, state: TrainerState, control: TrainerControl) -> None:
         """Where a boundary is due: evaluate, record, save, wait; what was judged in an earlier process is not again."""
         if not self._due:
             return
@@ -168,7 +172,8 @@ class ChunkCallback(TrainerCallback):
         vars(control).update(flags)  # a metric that calls `trainer.evaluate()` would swallow this step's log
         self._logged = len(state.log_history)
         host.record(arm, measured.vector, measured.scores, metrics)
-        host.save(arm, self._trainer, logging)
+        if self.durable is not None:
+            host.save(arm, self._trainer, self.durable.capture())
         chunk = len(arm.record.values)
         decision = None if chunk <= arm.judged else host.submit(arm, Boundary(chunk))
         if isinstance(decision, Decision) and decision.verdict in (Verdict.STOP, Verdict.COMPLETE):
@@ -212,9 +217,11 @@ def train(arm: Arm, trainer: Any, host: Host) -> None:
         joint_rollouts=host.joint_rollouts,
     )
     arm.walks = CheapWalks(model)
+    if host.durable() and not seams.why_not_durable(trainer):
+        callback.durable = seams.Durable(trainer)
     seam.open()
     try:
-        _train(arm, trainer, host)
+        _train(arm, trainer, callback.durable, host)
     finally:
         seam.close()
         arm.walks.close()
@@ -224,22 +231,20 @@ def train(arm: Arm, trainer: Any, host: Host) -> None:
         logger.info("Trial %d: %s.", arm.number, note)
 
 
-def _train(arm: Arm, trainer: Trainer, host: Host) -> None:
+def _train(arm: Arm, trainer: Trainer, durable: seams.Durable | None, host: Host) -> None:
     """Train from the start, or from where an earlier process has left off."""
-    tree = None if arm.restored is None else arm.restored.tree
-    if tree is None:
-        trainer.train()
+    snapshot = None if arm.restored is None else arm.restored.snapshot
+    if durable is None or snapshot is None:
+        trainer.train() if durable is None else durable.train()
         return
     # What was trained and not judged is judged first; a verdict on a paused trial is known.
     decision = arm.answer
     if len(arm.record.values) > arm.judged:
         decision = host.submit(arm, Boundary(len(arm.record.values)))
-    if isinstance(decision, Decision) and decision.verdict in (Verdict.STOP, Verdict.COMPLETE):
-        if decision.verdict is Verdict.COMPLETE:
-            seams.durable.load_adapter(trainer, arm.restored.folder)
-        return
-    with seams.durable.going_on(trainer, tree["trainer"], arm.restored.folder, arm.context):
-        trainer.train(resume_from_checkpoint=str(arm.restored.folder))
+    if not isinstance(decision, Decision) or decision.verdict not in (Verdict.STOP, Verdict.COMPLETE):
+        durable.train(snapshot)
+    elif decision.verdict is Verdict.COMPLETE:
+        durable.put_weights(snapshot)
 
 
 def save(arm: Arm, model: PeftModel, folder: Path) -> None:
