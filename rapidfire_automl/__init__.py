@@ -10,12 +10,20 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from rapidfire_automl.automl import AutoML
-    from rapidfire_automl.configs import RFDPOConfig, RFLoraConfig, RFModelConfig, RFSFTConfig
+    from rapidfire_automl.configs import (
+        RFDPOConfig,
+        RFGRPOConfig,
+        RFLoraConfig,
+        RFModelConfig,
+        RFRLOOConfig,
+        RFSFTConfig,
+    )
     from rapidfire_automl.events import Event
     from rapidfire_automl.executor import RapidFireExecutor
     from rapidfire_automl.experiment import Experiment, RFGridSearch, RFOptuna, RFRandomSearch
     from rapidfire_automl.plan import Plan
     from rapidfire_automl.pruners import PolicyPruner
+    from rapidfire_automl.reasoning import reasoning_rows
     from rapidfire_automl.replay import replay as replay
     from rapidfire_automl.samplers import ChunkSampler
     from rapidfire_automl.sampling import Sampling
@@ -33,16 +41,19 @@ _MODULES = {
     "Plan": "plan",
     "PolicyPruner": "pruners",
     "RFDPOConfig": "configs",
+    "RFGRPOConfig": "configs",
     "RFGridSearch": "experiment",
     "RFLoraConfig": "configs",
     "RFModelConfig": "configs",
     "RFOptuna": "experiment",
+    "RFRLOOConfig": "configs",
     "RFRandomSearch": "experiment",
     "RFSFTConfig": "configs",
     "Range": "space",
     "RapidFireExecutor": "executor",
     "Sampling": "sampling",
     "SearchResult": "search",
+    "reasoning_rows": "reasoning",
     "replay": "replay",
     "run_search": "search",
 }
@@ -56,10 +67,12 @@ __all__ = [
     "Plan",
     "PolicyPruner",
     "RFDPOConfig",
+    "RFGRPOConfig",
     "RFGridSearch",
     "RFLoraConfig",
     "RFModelConfig",
     "RFOptuna",
+    "RFRLOOConfig",
     "RFRandomSearch",
     "RFSFTConfig",
     "Range",
@@ -67,6 +80,7 @@ __all__ = [
     "Sampling",
     "SearchResult",
     "__version__",
+    "reasoning_rows",
     "replay",
     "run_search",
 ]

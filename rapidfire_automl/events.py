@@ -17,8 +17,8 @@ class Event:
     - `base_evaluated`: `value`. The untrained base's value on the shared evaluation set.
     - `trial_started`: `params`, `trainer` (class name), `max_steps`, `boundaries` (step of each chunk's end), `fused`.
     - `step`: `step`, `max_steps`. An optimizer step is done.
-    - `chunk_done`: `value` (as the user's metric gives it, sign not flipped), `seconds`, `tokens`; with several
-      objectives `vector`, and `value` is its first.
+    - `chunk_done`: `value` (as the user's metric gives it, sign not flipped), `seconds`, `tokens`, `generated` (0 for
+      trials that don't generate); with several objectives `vector`, and `value` is its first.
     - `verdict`: `verdict`, `reason`. Also for paused trials that resume.
     - `trial_ended`: `state` ("complete", "pruned", "failed"), `value`, `reason`, `adapter` (path or None).
     - `out_of_memory`: `budget_tokens` (the new one).

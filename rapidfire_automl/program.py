@@ -6,10 +6,8 @@ builds the executor, the study and the objective, and hands them to `run_search`
 
 from __future__ import annotations
 
-import importlib
 import inspect
 import math
-import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,15 +15,20 @@ from typing import TYPE_CHECKING, Any
 
 import optuna
 
+from rapidfire_automl import rl
 from rapidfire_automl import space as spaces
 from rapidfire_automl.data import check_files, load_data
 from rapidfire_automl.events import Listener
-from rapidfire_automl.fields import TRAINERS, check_fields
+from rapidfire_automl.fields import TRAINERS, args_defaults, check_fields, eval_sampling
 from rapidfire_automl.hints import unknown
+from rapidfire_automl.lookups import check_base, find_base, first_line, load, new_run_dir, no_such, storage
+from rapidfire_automl.metrics import METRICS
+from rapidfire_automl.rewards import RewardFunc, as_rewards, check_columns
 from rapidfire_automl.samplers import ChunkSampler
 from rapidfire_automl.search import SearchResult, run_search
-from rapidfire_automl.settings import Plugin, Settings, SettingsError
+from rapidfire_automl.settings import GENERATING, Settings, SettingsError
 from rapidfire_automl.space import Space
+from rapidfire_automl.tables import Plugin
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -40,7 +43,6 @@ _SAMPLERS = {
     "qmc": "QMCSampler",
     "nsgaii": "NSGAIISampler",
 }
-_METRICS = ("nll", "preference_loss", "preference_accuracy", "reward_margin")
 
 
 @dataclass(frozen=True)
@@ -56,6 +58,7 @@ class Program:
         pruner: Judges them.
         metric: A name the executor knows, a function, or None for the trainer's own.
         run_dir: Where the search will be written; not made yet.
+        rewards: The reward functions, of trainers that generate.
     """
 
     settings: Settings
@@ -66,6 +69,7 @@ class Program:
     pruner: optuna.pruners.BasePruner
     metric: str | Callable[..., Any] | None
     run_dir: Path
+    rewards: tuple[RewardFunc, ...] = ()
 
     @property
     def n_trials(self) -> int:
@@ -87,17 +91,21 @@ def prepare(settings: Settings, folder: Path, name: str = "search") -> Program:
         SettingsError: What is wrong, one line per mistake.
     """
     check_files(settings, folder)
-    run_dir = _run_dir(settings.output.dir, name)
+    run_dir = new_run_dir(settings.output.dir, name)
     sampler, pruner = build_sampler(settings), build_pruner(settings)
-    metric = _metric(settings.search.metric)
+    metric = _metric(settings)
+    rewards = _rewards(settings, folder)
     space = check_fields(settings)
-    base = _find_base(settings.base.model, folder)
+    base = find_base(settings.base.model, folder)
     settings = settings.model_copy(update={"base": settings.base.model_copy(update={"model": base})})
     train, held_out = load_data(settings, folder)
+    for key, rows in (("data.train", train), ("data.eval", held_out)):
+        if rewards:
+            _check_rows(key, rows, rewards)
     _check_steps(settings, space, len(train))
-    program = Program(settings, space, train, held_out, sampler, pruner, metric, run_dir)
+    program = Program(settings, space, train, held_out, sampler, pruner, metric, run_dir, rewards)
     _try_out(program)
-    _check_base(base)
+    check_base(base)
     return program
 
 
@@ -139,7 +147,7 @@ def build_executor(program: Program) -> RapidFireExecutor:
         try:
             tokenizer = AutoTokenizer.from_pretrained(base.tokenizer)
         except (OSError, ValueError) as error:
-            raise SettingsError(f"`base.tokenizer`: {base.tokenizer} cannot be loaded: {_first_line(error)}") from error
+            raise SettingsError(f"`base.tokenizer`: {base.tokenizer} cannot be loaded: {first_line(error)}") from error
     return RapidFireExecutor(
         base.model,
         slots=search.slots,
@@ -151,6 +159,7 @@ def build_executor(program: Program) -> RapidFireExecutor:
         metric=program.metric,
         cost=search.cost,
         eval_batch_size=search.eval_batch_size,
+        eval_sampling=eval_sampling(program.settings, program.space) if program.rewards else None,
         output_dir=program.run_dir,
     )
 
@@ -174,6 +183,7 @@ def build_objective(program: Program, executor: Any) -> Callable[[optuna.Trial],
             train_dataset=program.train,
             eval_dataset=program.held_out,
             processing_class=executor.tokenizer,
+            **({"reward_funcs": list(program.rewards)} if program.rewards else {}),
         )
         trainer.remove_callback(PrinterCallback)  # it prints each log line to stdout when tqdm is off
         return trainer
@@ -186,9 +196,9 @@ def build_study(program: Program) -> optuna.Study:
     search = program.settings.search
     try:
         study = optuna.create_study(
-            storage=_storage(search.storage),
+            storage=storage(search.storage),
             study_name=search.study,
-            direction=search.direction,
+            direction=program.settings.direction,
             sampler=program.sampler,
             pruner=program.pruner,
         )
@@ -197,7 +207,7 @@ def build_study(program: Program) -> optuna.Study:
             f"`search.study`: {search.storage} already has a study {search.study}; take another name."
         ) from None
     except Exception as error:  # every storage has its own kinds of errors
-        raise SettingsError(f"`search.storage`: {search.storage} cannot be opened: {_first_line(error)}") from error
+        raise SettingsError(f"`search.storage`: {search.storage} cannot be opened: {first_line(error)}") from error
     if search.sampler.name == "grid":
         for point in program.space.grid():
             study.enqueue_trial(point.params)
@@ -212,13 +222,13 @@ def build_sampler(settings: Settings) -> optuna.samplers.BaseSampler:
             raise SettingsError("`search.sampler`: a grid takes no arguments; the choices stand in [space].")
         return optuna.samplers.RandomSampler(seed=settings.search.seed)
     if ":" in plugin.name:
-        cls = _load(plugin.name, "search.sampler")
+        cls = load(plugin.name, "search.sampler")
     elif plugin.name == "chunk":
         cls = ChunkSampler
     elif plugin.name in _SAMPLERS:
         cls = getattr(optuna.samplers, _SAMPLERS[plugin.name])
     else:
-        raise SettingsError(_no_such("search.sampler", plugin.name, [*_SAMPLERS, "chunk", "grid"]))
+        raise SettingsError(no_such("search.sampler", plugin.name, [*_SAMPLERS, "chunk", "grid"]))
     sampler: optuna.samplers.BaseSampler
     sampler = _build(plugin, cls, "search.sampler", optuna.samplers.BaseSampler, settings.search.seed)
     return sampler
@@ -230,7 +240,7 @@ def build_pruner(settings: Settings) -> optuna.pruners.BasePruner:
 
     plugin = settings.search.policy
     if ":" in plugin.name:
-        cls = _load(plugin.name, "search.policy")
+        cls = load(plugin.name, "search.policy")
         if inspect.isclass(cls) and issubclass(cls, optuna.pruners.BasePruner):
             pruner: optuna.pruners.BasePruner = _build(plugin, cls, "search.policy", optuna.pruners.BasePruner)
             return pruner
@@ -254,76 +264,35 @@ def _build(plugin: Plugin, cls: Any, key: str, kind: type, seed: int | None = No
     try:
         return cls(**{**seeded, **plugin.arguments})
     except Exception as error:  # whatever a class of the user's own raises
-        raise SettingsError(f"`{key}`: {plugin.name} cannot be built: {_first_line(error)}") from error
+        raise SettingsError(f"`{key}`: {plugin.name} cannot be built: {first_line(error)}") from error
 
 
-def _load(name: str, key: str) -> Any:
-    """The object that "package.module:Name" means."""
-    module, _, attribute = name.partition(":")
-    try:
-        return getattr(importlib.import_module(module), attribute)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise SettingsError(f"`{key}`: {name} cannot be imported: {_first_line(error)}") from None
-
-
-def _no_such(key: str, name: str, known: Sequence[str]) -> str:
-    return f'`{key}` must be one of {", ".join(known)} or "package.module:Name", got "{name}".'
-
-
-def _metric(name: str | None) -> str | Callable[..., Any] | None:
-    if name is None or name in _METRICS:
+def _metric(settings: Settings) -> str | Callable[..., Any] | None:
+    name, mine = settings.search.metric, METRICS[settings.trainer.upper()]
+    if name is None or name in mine:
         return name
     if ":" not in name:
-        raise SettingsError(_no_such("search.metric", name, _METRICS))
-    metric = _load(name, "search.metric")
+        raise SettingsError(no_such("search.metric", name, mine))
+    metric = load(name, "search.metric")
     if not callable(metric):
         raise SettingsError(f"`search.metric`: {name} is no function.")
     return metric  # type: ignore[no-any-return]
 
 
-def _storage(text: str | None) -> str | optuna.storages.BaseStorage | None:
-    """A URL is taken as it is; a file is a journal if it ends in .log, else SQLite."""
-    if text is None or "://" in text:
-        return text
-    if text.endswith(".log"):
-        from optuna.storages.journal import JournalFileBackend
-
-        return optuna.storages.JournalStorage(JournalFileBackend(text))
-    return f"sqlite:///{text}"
-
-
-def _run_dir(given: str | None, name: str) -> Path:
-    if given is not None:
-        if (Path(given) / "summary.json").exists():
-            raise SettingsError(f"`output.dir`: {given} already holds a search; name another folder.")
-        return Path(given)
-    taken, folder = 1, Path("runs") / name
-    while folder.exists():
-        taken += 1
-        folder = Path("runs") / f"{name}-{taken}"
-    return folder
-
-
-def _find_base(model: str, folder: Path) -> str:
-    """The folder or hub id that `base.model` means."""
-    for path in (folder / model, Path(model).expanduser()):
-        if path.is_dir():
-            if not (path / "config.json").is_file():
-                raise SettingsError(f"`base.model`: {path} holds no model, it has no config.json.")
-            return str(path)
-    if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", model) or model.startswith("."):
-        raise SettingsError(f"`base.model`: there is no folder {model}, and it is no hub id either.")
-    return model
-
-
-def _check_base(model: str) -> None:
-    """Read the base's configuration, a few hundred bytes, so that a misspelt name is found now."""
-    from transformers import AutoConfig
-
+def _rewards(settings: Settings, folder: Path) -> tuple[RewardFunc, ...]:
+    if settings.trainer not in GENERATING:
+        return ()
     try:
-        AutoConfig.from_pretrained(model)
-    except Exception as error:  # the hub, the network and the parser have their own kinds of errors
-        raise SettingsError(f"`base.model`: {model} cannot be loaded: {_first_line(error)}") from error
+        return tuple(as_rewards(settings.reward, "reward", folder))
+    except ValueError as error:
+        raise SettingsError(str(error)) from None
+
+
+def _check_rows(key: str, rows: Dataset, rewards: Sequence[RewardFunc]) -> None:
+    try:
+        check_columns(rewards, rows.column_names, key)
+    except ValueError as error:
+        raise SettingsError(str(error)) from None
 
 
 def _with_defaults(args: Mapping[str, Any], settings: Settings, output_dir: Path) -> dict[str, Any]:
@@ -347,8 +316,17 @@ def _accelerator() -> bool:
 
 
 def _check_steps(settings: Settings, space: Space, examples: int) -> None:
-    """Every trial must have at least as many optimizer steps as chunks, so that each chunk has one."""
+    """Every trial must have at least as many optimizer steps, or generation batches, as chunks: each ends at one."""
     args = space.value["args"]
+    if settings.trainer in GENERATING:
+        defaults = args_defaults(settings.trainer)
+        try:
+            rl.check_length(
+                args, defaults, prompts=examples, chunks=settings.search.chunks, chunks_name="search.chunks"
+            )
+        except ValueError as error:
+            raise SettingsError(str(error)) from None
+        return
     if args.get("packing"):
         return
     most = {name: _largest(args.get(name, 8 if "batch" in name else 1)) for name in _BATCH}
@@ -390,7 +368,7 @@ def _try_out(program: Program) -> None:
         config = getattr(trl, TRAINERS[program.settings.trainer][1])
         config(**_with_defaults(choice["args"], program.settings, program.run_dir / "trials" / "0"))
     except Exception as error:  # both raise what they like
-        raise SettingsError(f"A trial of this search cannot be built: {_first_line(error)}") from error
+        raise SettingsError(f"A trial of this search cannot be built: {first_line(error)}") from error
     try:
         from rapidfire_automl.executor.seams import refuse
     except ImportError:  # moved; the executor itself refuses then
@@ -399,8 +377,3 @@ def _try_out(program: Program) -> None:
         refuse(lora)
     except ValueError as error:
         raise SettingsError(f"[lora] {error}") from None
-
-
-def _first_line(error: BaseException) -> str:
-    lines = [line for line in str(error).strip().splitlines() if line.strip()]
-    return lines[0].strip() if lines else type(error).__name__

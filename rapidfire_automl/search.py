@@ -21,6 +21,7 @@ from optuna.study import StudyDirection
 
 from rapidfire_automl.events import Event, Listener
 from rapidfire_automl.jsonable import dumps, jsonable
+from rapidfire_automl.rankings import generates, rank
 from rapidfire_automl.versions import installed
 from rapidfire_policies.base import TrialState
 
@@ -133,6 +134,9 @@ def run_search(
     own: bool = False,
 ) -> SearchResult:
     """Search, and write `events.jsonl`, `summary.json`, `plan.json`, `curves.png` and `timeline.png`.
+
+    Where trials generate what they train on, there are also `generated.png`, values against generated tokens, and
+    `rankings` in the summary: who is best at equal steps, and who at equal cost.
 
     Args:
         executor: A `RapidFireExecutor`, entered or not.
@@ -276,6 +280,7 @@ def _result(
     used = sum(len(r.values) for r in records.values())
     full = sum(len(r.values) if r.state is TrialState.FAILED else executor.chunks for r in records.values())
     wall_s = journal.elapsed_s
+    generating = generates(records)
     summary = {
         "status": status,
         "best_trial": best,
@@ -292,7 +297,8 @@ def _result(
         "slots": executor.slots,
         "chunks": executor.chunks,
         "seed": getattr(executor, "seed", None),
-        "trials": [_trial(r) for r in records.values()],
+        "trials": [_trial(r, generating) for r in records.values()],
+        **({"rankings": rank(records, maximize=maximize)} if generating else {}),
         "explain": _explain(executor),
         "versions": installed(),
     }
@@ -312,8 +318,8 @@ def _result(
     )
 
 
-def _trial(record: TrialRecord) -> dict[str, Any]:
-    """A trial's entry in the summary: everything but its per-example scores."""
+def _trial(record: TrialRecord, generating: bool) -> dict[str, Any]:
+    """A trial's entry in the summary: everything but its per-example scores; `generated` where any trial does."""
     return {
         "number": record.number,
         "state": record.state,
@@ -322,6 +328,7 @@ def _trial(record: TrialRecord) -> dict[str, Any]:
         "metrics": record.metrics,
         "seconds": record.seconds,
         "tokens": record.tokens,
+        **({"generated": record.generated} if generating else {}),
         "boundaries": record.boundaries,
         "verdicts": [{"chunk": c, "verdict": str(v), "reason": reason} for c, v, reason in record.verdicts],
         "spans": record.spans,
@@ -349,6 +356,7 @@ def _write(
 ) -> None:
     """Write the run folder: the numbers first, and the pictures after them."""
     from rapidfire_automl import pictures
+    from rapidfire_automl.cost_picture import draw_cost
 
     plan = getattr(executor, "plan", None)
     if plan is not None:
@@ -369,6 +377,14 @@ def _write(
             base_value=result.base_value,
             maximize=maximize,
         )
+        if generates(records):
+            drawn["generated"] = draw_cost(
+                result.run_dir / "generated.png",
+                records,
+                best=result.best_trial,
+                base_value=result.base_value,
+                maximize=maximize,
+            )
         drawn["timeline"] = pictures.draw_timeline(
             result.run_dir / "timeline.png",
             records,

@@ -1,0 +1,79 @@
+"""What the names in a search file stand for: classes, storages, folders, bases."""
+
+from __future__ import annotations
+
+import importlib
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import optuna
+
+from rapidfire_automl.settings import SettingsError
+
+
+def load(name: str, key: str) -> Any:
+    """The object that "package.module:Name" means."""
+    module, _, attribute = name.partition(":")
+    try:
+        return getattr(importlib.import_module(module), attribute)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise SettingsError(f"`{key}`: {name} cannot be imported: {first_line(error)}") from None
+
+
+def no_such(key: str, name: str, known: Sequence[str]) -> str:
+    """One line that says what `key` may be."""
+    return f'`{key}` must be one of {", ".join(known)} or "package.module:Name", got "{name}".'
+
+
+def storage(text: str | None) -> str | optuna.storages.BaseStorage | None:
+    """A URL is taken as it is; a file is a journal if it ends in .log, else SQLite."""
+    if text is None or "://" in text:
+        return text
+    if text.endswith(".log"):
+        from optuna.storages.journal import JournalFileBackend
+
+        return optuna.storages.JournalStorage(JournalFileBackend(text))
+    return f"sqlite:///{text}"
+
+
+def new_run_dir(given: str | None, name: str) -> Path:
+    """The run folder that `output.dir` means, or the next free one; not made yet."""
+    if given is not None:
+        if (Path(given) / "summary.json").exists():
+            raise SettingsError(f"`output.dir`: {given} already holds a search; name another folder.")
+        return Path(given)
+    taken, folder = 1, Path("runs") / name
+    while folder.exists():
+        taken += 1
+        folder = Path("runs") / f"{name}-{taken}"
+    return folder
+
+
+def find_base(model: str, folder: Path) -> str:
+    """The folder or hub id that `base.model` means."""
+    for path in (folder / model, Path(model).expanduser()):
+        if path.is_dir():
+            if not (path / "config.json").is_file():
+                raise SettingsError(f"`base.model`: {path} holds no model, it has no config.json.")
+            return str(path)
+    if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", model) or model.startswith("."):
+        raise SettingsError(f"`base.model`: there is no folder {model}, and it is no hub id either.")
+    return model
+
+
+def check_base(model: str) -> None:
+    """Read the base's configuration, a few hundred bytes, so that a misspelt name is found now."""
+    from transformers import AutoConfig
+
+    try:
+        AutoConfig.from_pretrained(model)
+    except Exception as error:  # the hub, the network and the parser have their own kinds of errors
+        raise SettingsError(f"`base.model`: {model} cannot be loaded: {first_line(error)}") from error
+
+
+def first_line(error: BaseException) -> str:
+    """An error in one line."""
+    lines = [line for line in str(error).strip().splitlines() if line.strip()]
+    return lines[0].strip() if lines else type(error).__name__
