@@ -29,6 +29,7 @@ from rapidfire_automl.executor.checkpoints import Snapshot, chunk_folder, newest
 from rapidfire_automl.executor.journal import Journal, Past, SearchDiffers, differences
 from rapidfire_automl.executor.writing import Trouble, Writer, Written
 from rapidfire_automl.records import TrialRecord
+from rapidfire_automl.seeding import seed_of
 from rapidfire_policies.base import TrialState
 
 _KEEP = 2
@@ -84,6 +85,7 @@ class Durability:
         self._journal = Journal(folder)
         self._writer = Writer(keep=_KEEP, on_written=self._written, on_trouble=self._trouble)
         self._on = False
+        self.sampler_seed = 0
         self._written_bytes = 0
         self._written_s = 0.0
         self._over_there: dict[Path, Path] = {}
@@ -116,8 +118,8 @@ class Durability:
         if not unfinished:
             if not same:
                 self._forget()
-            past = None if not same else past
-        self._journal.write("search", facts=mine)
+        self.sampler_seed = past.sampler_seed if unfinished else seed_of(study.sampler)
+        self._journal.write("search", facts=mine, sampler_seed=self.sampler_seed)
         return past if unfinished else None
 
     def _forget(self) -> None:

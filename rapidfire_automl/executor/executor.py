@@ -44,6 +44,7 @@ from rapidfire_automl.memory import give_back
 from rapidfire_automl.plan import Plan
 from rapidfire_automl.records import TrialRecord
 from rapidfire_automl.sampling import Sampling
+from rapidfire_automl.seeding import reseed
 from rapidfire_policies.base import TrialState
 
 logger = logging.getLogger("rapidfire_automl")
@@ -309,7 +310,7 @@ class RapidFireExecutor:
         if hasattr(study, "_stop_flag"):
             study._stop_flag = False
         left = self._take_up(study, n_trials, launch)
-        source = Asking(study, left, start, timeout_s)
+        source = Asking(study, left, start, timeout_s, self._seeding(study, n_trials - left))
         self._conduct(source, retire)
         try:
             while not self._finished.wait(0.2):
@@ -499,6 +500,13 @@ class RapidFireExecutor:
         logger.info("The search goes on: %d trials have ended, %d go on.", len(over), len(going))
         self._tell("search_resumed", None, ended=len(over), going_on=len(going))
         return max(0, n_trials - len(past.asked))
+
+    def _seeding(self, study: optuna.Study, before: int) -> Callable[[int], None]:
+        """Have a proposal depend on its place in the search, where the search is to survive."""
+        durability = self._durability
+        if durability is None:
+            return lambda asked: None
+        return lambda asked: reseed(study.sampler, durability.sampler_seed, before + asked)
 
     def _keep_verdicts(self, verdicts: list[tuple[int, int, str, str]]) -> None:
         if self._durability is not None:

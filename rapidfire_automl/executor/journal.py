@@ -45,6 +45,7 @@ class Past:
         ended: Per trial, how it has ended.
         rounds: Rounds that were closed.
         over: Whether the search has come to its end.
+        sampler_seed: What proposals are drawn from.
     """
 
     facts: dict[str, Any] = field(default_factory=dict)
@@ -54,6 +55,7 @@ class Past:
     ended: dict[int, dict[str, Any]] = field(default_factory=dict)
     rounds: int = 0
     over: bool = False
+    sampler_seed: int = 0
 
     def is_paused(self, number: int) -> bool:
         """Whether a trial was paused and has not trained since."""
@@ -120,7 +122,7 @@ def read(path: Path) -> Past:
     for entry in _entries(path):
         kind = entry.get("kind")
         if kind == "search":
-            past.facts, past.over = dict(entry["facts"]), False
+            past.facts, past.over, past.sampler_seed = dict(entry["facts"]), False, entry["sampler_seed"]
         elif kind == "asked":
             past.asked.append(entry["trial"])
         elif kind == "round":
