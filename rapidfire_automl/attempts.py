@@ -2,8 +2,8 @@
 
 A trial whose process has died is failed, and a WAITING one takes its place, with its parameters, attributes and
 reported values. That is what Optuna's own `RetryHeartbeatStaleTrialCallback` does with the trials of a dead worker, in
-the same system attributes, so both go on alike. The number of the first attempt is the trial's number throughout, in
-the records, the events, the folders and for the policy; Optuna's own numbers have gaps then.
+the same system attributes, so both go on alike. A trial keeps its number in the records, the events, the folders and
+for the policy: that of its first attempt, or what `label` has given it, since Optuna's own numbers have gaps then.
 """
 
 from __future__ import annotations
@@ -15,12 +15,17 @@ import optuna
 from optuna.trial import FrozenTrial
 from optuna.trial import TrialState as OptunaState
 
+NUMBER_ATTR = "rapidfire:number"
+"""The trial attribute that holds its number where that is not Optuna's."""
 _HISTORY = "retry_history"
 _FIRST = "failed_trial"
 
 
 def number_of(trial: optuna.trial.BaseTrial | FrozenTrial) -> int:
-    """The number of a trial's first attempt."""
+    """A trial's number, the same in all attempts."""
+    label = trial.user_attrs.get(NUMBER_ATTR)
+    if label is not None:
+        return int(label)
     history = _history(trial)
     return history[0] if history else trial.number
 
@@ -36,6 +41,19 @@ def _history(trial: optuna.trial.BaseTrial | FrozenTrial) -> list[int]:
     else:
         attrs = getattr(trial, "system_attrs", {})
     return list(attrs.get(_HISTORY) or [])
+
+
+def label(study: optuna.Study, trial: optuna.Trial) -> int:
+    """Give a new trial the number after those of all others, whatever number of attempts those took.
+
+    Returns:
+        Its number; Optuna's own in a study without second attempts.
+    """
+    others = [number_of(other) for other in study.get_trials(deepcopy=False) if other.number != trial.number]
+    number = 1 + max(others, default=-1)
+    if number != trial.number and not _history(trial):
+        trial.set_user_attr(NUMBER_ATTR, number)
+    return number_of(trial)
 
 
 def last_attempts(study: optuna.Study) -> dict[int, FrozenTrial]:

@@ -33,6 +33,7 @@ class Arm:
         record: Its story.
         minimize: Whether its study minimises, by objective.
         judged: Chunks on which there is a verdict.
+        final: The verdict on the last of them, where an earlier process has ended it there.
         restored: What it goes on from, where an earlier process has begun it.
     """
 
@@ -53,6 +54,7 @@ class Arm:
     chunk_generated: int = 0
     step: int = 0
     judged: int = 0
+    final: Decision | None = None
     restored: Any = None
     asked: int = 0
     span_start_s: float = 0.0

@@ -97,6 +97,9 @@ class Conductor:
         for arm in arms:
             if arm.record.state is not TrialState.PAUSED:
                 self._give_slot(arm)
+            done = len(arm.record.values)
+            if arm.final is not None and (done == arm.judged or arm.final.verdict is Verdict.STOP):
+                arm.decision = arm.final
         self._arms = sorted([*self._arms, *arms], key=lambda arm: arm.number)
 
     # -- called from an arm's thread ---------------------------------------------------------------------------------
@@ -164,6 +167,8 @@ class Conductor:
             retire: Called once for every arm that is done, in trial order.
             home: The context to conduct in.
         """
+        self._end_judged(home)  # what an earlier process has decided
+        self._retire(retire)
         while not self._cancelled:
             self._resume_paused()
             free = self.slots - sum(arm.has_slot for arm in self._arms)

@@ -24,13 +24,13 @@ from torch import nn
 
 from rapidfire_automl import attempts, failpoints
 from rapidfire_automl.executor.arm import Arm
-from rapidfire_automl.executor.evaluation import Measured
 from rapidfire_automl.executor.checkpoints import Snapshot, chunk_folder, newest
+from rapidfire_automl.executor.evaluation import Measured
 from rapidfire_automl.executor.journal import Journal, Past, SearchDiffers, differences
 from rapidfire_automl.executor.writing import Trouble, Writer, Written
 from rapidfire_automl.records import TrialRecord
 from rapidfire_automl.seeding import seed_of
-from rapidfire_policies.base import TrialState
+from rapidfire_policies.base import Decision, TrialState, Verdict
 
 _KEEP = 2
 """Checkpoints of a trial that are kept: the newest, and the one to fall back to if it is damaged."""
@@ -59,12 +59,14 @@ class Unfinished:
         trial: Its new attempt.
         record: Its story so far.
         judged: Chunks on which there is a verdict.
+        final: The last of them, if it is the trial's end.
         restored: What it goes on from.
     """
 
     trial: optuna.Trial
     record: TrialRecord
     judged: int
+    final: Decision | None
     restored: Restored
 
 
@@ -115,9 +117,8 @@ class Durability:
                 f"The search in {self._folder} can't go on: {'; '.join(differ)}. Set it back, or take another folder."
             )
         self._on = True
-        if not unfinished:
-            if not same:
-                self._forget()
+        if not same:
+            self._forget()
         self.sampler_seed = past.sampler_seed if unfinished else seed_of(study.sampler)
         self._journal.write("search", facts=mine, sampler_seed=self.sampler_seed)
         return past if unfinished else None
@@ -181,6 +182,7 @@ class Durability:
         self._journal.write(
             "ended", trial=number, outcome=kind, vector=list(vector), reason=reason, adapter=arm.record.adapter
         )
+        failpoints.hit("trial.ended")
         folder = chunk_folder(self._of(number, _ENDED), len(arm.record.values))
         self._over_there[folder] = self._of(number, _CHECKPOINTS)
         self._writer.submit(folder, Snapshot({"record": to_tree(arm.record)}, {}, {}))
@@ -234,7 +236,7 @@ class Durability:
         for number in sorted(past.asked):
             trial = last[number]
             if number in past.ended:
-                over.append(self._over(study, trial, past.ended[number]))
+                over.append(self._over(study, trial, past))
                 continue
             if trial.state is OptunaState.RUNNING:
                 waiting = attempts.retry(study, trial)
@@ -243,19 +245,21 @@ class Durability:
             elif trial.state is OptunaState.WAITING:
                 waiting = trial
             else:  # told, but its end not journaled: there is nothing left to do
-                over.append(self._over(study, trial, {}))
+                over.append(self._over(study, trial, past))
                 continue
             begun = None if waiting is None else attempts.take(study, waiting)
             if begun is not None:
                 going.append(self._unfinished(begun, number, past))
         return over, going
 
-    def _over(self, study: optuna.Study, trial: optuna.trial.FrozenTrial, ended: Mapping[str, Any]) -> TrialRecord:
+    def _over(self, study: optuna.Study, trial: optuna.trial.FrozenTrial, past: Past) -> TrialRecord:
         """The record of a trial that has ended; Optuna is told if it has not been."""
         number = attempts.number_of(trial)
+        ended = past.ended.get(number, {})
         found = self._newest(self._of(number, _ENDED)) or self._newest(self._of(number, _CHECKPOINTS))
         record = TrialRecord(number) if found is None else from_tree(found.tree["record"])
         record.params = record.params or dict(trial.params)
+        record.verdicts = list(past.verdicts.get(number, []))
         kind = ended.get("outcome")
         if kind is not None:
             states = {"complete": TrialState.COMPLETE, "pruned": TrialState.STOPPED}
@@ -274,7 +278,11 @@ class Durability:
         record.verdicts = list(past.verdicts.get(number, []))
         record.state = TrialState.PAUSED if past.is_paused(number) else TrialState.RUNNING
         record.error = None
-        return Unfinished(trial, record, past.judged.get(number, 0), Restored(found, attempts.attempt_of(trial)))
+        judged = past.judged.get(number, 0)
+        final = past.final(number)
+        if final is not None and final.verdict is Verdict.STOP:
+            _fill(record, trial, judged)
+        return Unfinished(trial, record, judged, final, Restored(found, attempts.attempt_of(trial)))
 
     def _newest(self, folder: Path) -> Snapshot | None:
         if not folder.is_dir():
@@ -283,6 +291,14 @@ class Durability:
         for path, why in found.damaged:
             self._tell("checkpoint_damaged", None, folder=str(path), reason=why)
         return found.snapshot
+
+
+def _fill(record: TrialRecord, trial: optuna.Trial, chunks: int) -> None:
+    """Values of chunks that were reported and judged, and whose checkpoint was not whole yet, for a stopped trial."""
+    reported = trial.study.get_trials(deepcopy=False)[trial.number].intermediate_values
+    for chunk in range(len(record.values) + 1, chunks + 1):
+        if chunk in reported:
+            record.add_chunk((reported[chunk],), np.empty(0), {}, 0.0, 0)
 
 
 def fingerprint_of_base(model: nn.Module) -> str:

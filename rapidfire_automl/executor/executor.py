@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from optuna.study import StudyDirection
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from rapidfire_automl.attempts import number_of
+from rapidfire_automl.attempts import label, number_of
 from rapidfire_automl.events import Event, Listener
 from rapidfire_automl.executor import rounds, seams
 from rapidfire_automl.executor.arguments import check as check_arguments
@@ -274,6 +274,8 @@ class RapidFireExecutor:
         local = getattr(study, "_thread_local", None)
 
         def start(trial: optuna.Trial) -> Arm:
+            if self._durability is not None:
+                label(study, trial)
             arm = self._arm(trial)
             if self._durability is not None:
                 self._durability.asked(arm.number)
@@ -474,6 +476,7 @@ class RapidFireExecutor:
             return n_trials
         assert self._base is not None
         assert self._conductor is not None
+        assert self._runner is not None
         self._folder(0)
         assert self._output_dir is not None
         if self._durability is None:
@@ -494,7 +497,7 @@ class RapidFireExecutor:
         arms = []
         for one in going:
             arm = self._arm(one.trial, one.record)
-            arm.judged, arm.restored = one.judged, one.restored
+            arm.judged, arm.final, arm.restored = one.judged, one.final, one.restored
             arms.append(launch(arm))
         self._conductor.adopt(arms)
         logger.info("The search goes on: %d trials have ended, %d go on.", len(over), len(going))

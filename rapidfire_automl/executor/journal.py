@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from rapidfire_automl.jsonable import dumps
+from rapidfire_policies.base import Decision, Verdict
 
 try:
     import fcntl
@@ -63,10 +64,16 @@ class Past:
         chunk = self.judged.get(number, 0)
         return any(verdict == "pause" and at == chunk for at, verdict, _ in verdicts)
 
-    def last(self, number: int) -> tuple[int, str, str] | None:
-        """The last verdict on a trial."""
+    def final(self, number: int) -> Decision | None:
+        """The last verdict on a trial, if that has ended it, or let it go on after a pause."""
         verdicts = self.verdicts.get(number)
-        return verdicts[-1] if verdicts else None
+        if not verdicts:
+            return None
+        _, verdict, reason = verdicts[-1]
+        ends = verdict in (Verdict.STOP, Verdict.COMPLETE)
+        return (
+            Decision(Verdict(verdict), reason) if ends or (self.is_paused(number) and verdict == "continue") else None
+        )
 
 
 class Journal:
@@ -132,7 +139,7 @@ def read(path: Path) -> Past:
                 if verdict:
                     past.verdicts.setdefault(number, []).append((chunk, verdict, reason))
         elif kind == "ended":
-            past.ended[entry["trial"]] = entry
+            past.ended[entry["trial"]] = dict(entry)
         elif kind == "over":
             past.over = True
     return past

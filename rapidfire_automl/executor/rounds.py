@@ -11,6 +11,7 @@ import numpy as np
 import optuna
 from numpy.typing import NDArray
 
+from rapidfire_automl import failpoints
 from rapidfire_automl.executor.arm import Arm
 from rapidfire_automl.histories import CHUNKS_ATTR, COST_ATTR, history_from_study
 from rapidfire_automl.pruners import PolicyPruner
@@ -75,6 +76,7 @@ class Referee:
             A decision per trial number; whoever is left out goes on as it is.
         """
         report(waiting)
+        failpoints.hit("round.reported")
         ended = [arm for arm in waiting if len(arm.record.values) >= len(arm.record.boundaries)]
         for arm in ended:
             finite = bool(np.isfinite(arm.record.last_vector).all())
@@ -99,7 +101,8 @@ class Referee:
         for arm in both:
             arm.judged = len(arm.record.values)
             made = decisions.get(arm.number)
-            verdict, reason = ("", "") if made is None else (str(made.verdict), made.reason)
+            stays = made is None or (arm in paused and made.verdict is Verdict.PAUSE)
+            verdict, reason = ("", "") if made is None or stays else (str(made.verdict), made.reason)
             verdicts.append((arm.number, arm.judged, verdict, reason))
         self._keep(verdicts)
         for arm in both:

@@ -13,6 +13,7 @@ from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCall
 from transformers.trainer_callback import TrainerControl, TrainerState
 from transformers.training_args import TrainingArguments
 
+from rapidfire_automl import failpoints
 from rapidfire_automl.chunks import chunk_boundaries, generation_boundaries
 from rapidfire_automl.executor import seams
 from rapidfire_automl.executor.arm import Arm
@@ -135,6 +136,7 @@ class ChunkCallback(TrainerCallback):
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Notice a boundary."""
+        failpoints.hit("step")
         arm, host, record = self._arm, self._host, self._arm.record
         arm.abandon_passes()
         arm.step = state.global_step
@@ -175,7 +177,10 @@ class ChunkCallback(TrainerCallback):
         if self.durable is not None:
             host.save(arm, self._trainer, self.durable.capture())
         chunk = len(arm.record.values)
-        decision = None if chunk <= arm.judged else host.submit(arm, Boundary(chunk))
+        if chunk > arm.judged:
+            decision = host.submit(arm, Boundary(chunk))
+        else:
+            decision = arm.final if chunk == arm.judged else None
         if isinstance(decision, Decision) and decision.verdict in (Verdict.STOP, Verdict.COMPLETE):
             control.should_training_stop = True
             if state.global_step < state.max_steps:
@@ -244,7 +249,7 @@ def _train(arm: Arm, trainer: Trainer, durable: seams.Durable | None, host: Host
     if not isinstance(decision, Decision) or decision.verdict not in (Verdict.STOP, Verdict.COMPLETE):
         durable.train(snapshot)
     elif decision.verdict is Verdict.COMPLETE:
-        durable.put_weights(snapshot)
+        durable.put(snapshot)
 
 
 def save(arm: Arm, model: PeftModel, folder: Path) -> None:

@@ -13,6 +13,7 @@ import optuna
 from peft import LoraConfig
 
 from rapidfire_automl import PolicyPruner, RapidFireExecutor
+from rapidfire_automl.attempts import last_attempts
 from rapidfire_automl.plan import Plan
 from rapidfire_policies import ASHA, Nop
 from tests.executor.searches import PLAN, make_executor, sft
@@ -20,7 +21,7 @@ from tests.executor.searches import PLAN, make_executor, sft
 POLICIES: dict[str, Any] = {
     "nop": Nop(),
     "asha": ASHA(reduction_factor=2),
-    "promotion": ASHA(reduction_factor=2, form="promotion"),
+    "promotion": ASHA(reduction_factor=2, form="promote"),
 }
 
 
@@ -84,7 +85,8 @@ def run(
             }
             for number, record in records.items()
         },
-        "optuna": [trial.state.name for trial in study.trials],
+        "optuna": [trial.state.name for trial in last_attempts(study).values()],
+        "attempts": len(study.trials),
         "events": [kind for kind, _, _ in events],
         "trained": sum(kind == "chunk_done" for kind, _, _ in events),
     }

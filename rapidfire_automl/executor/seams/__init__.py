@@ -28,6 +28,7 @@ from rapidfire_automl.executor.seams.clones import (
     shared_head,
     why_unfusable_base,
 )
+from rapidfire_automl.executor.seams.durable import Durable, why_not_durable
 from rapidfire_automl.executor.seams.rewards import (
     has_rollouts,
     sample_rewards,
@@ -39,6 +40,7 @@ from rapidfire_automl.executor.seams.selfcheck import Probe, check_rollouts, is_
 from rapidfire_automl.executor.seams.trainer import Seam, autocast_dtype, fused_head_settings
 
 __all__ = [
+    "Durable",
     "Probe",
     "Seam",
     "adapter_model",
@@ -61,6 +63,7 @@ __all__ = [
     "share_clone",
     "shared_head",
     "why_no_rewards",
+    "why_not_durable",
     "why_refused",
     "why_unfusable_args",
     "why_unfusable_base",
