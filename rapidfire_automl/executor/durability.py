@@ -275,6 +275,7 @@ class Durability:
     def _unfinished(self, trial: optuna.Trial, number: int, past: Past) -> Unfinished:
         found = self._newest(self._of(number, _CHECKPOINTS))
         record = TrialRecord(number) if found is None else from_tree(found.tree["record"])
+        record.params = record.params or dict(trial.params)
         record.verdicts = list(past.verdicts.get(number, []))
         record.state = TrialState.PAUSED if past.is_paused(number) else TrialState.RUNNING
         record.error = None

@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from optuna.study import StudyDirection
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from rapidfire_automl.attempts import label, number_of
+from rapidfire_automl.attempts import number_of
 from rapidfire_automl.events import Event, Listener
 from rapidfire_automl.executor import rounds, seams
 from rapidfire_automl.executor.arguments import check as check_arguments
@@ -37,14 +37,14 @@ from rapidfire_automl.executor.evaluation import Evaluator, Measured, Metric
 from rapidfire_automl.executor.explanation import explain
 from rapidfire_automl.executor.journal import SearchDiffers
 from rapidfire_automl.executor.loading import ModelLike, load_base, load_tokenizer
+from rapidfire_automl.executor.loop import Loop
 from rapidfire_automl.executor.planner import plan_for
-from rapidfire_automl.executor.runner import Builder, Outcome, Runner
+from rapidfire_automl.executor.runner import Builder, Runner
 from rapidfire_automl.executor.sources import Arrivals, Asking
 from rapidfire_automl.memory import give_back
 from rapidfire_automl.plan import Plan
 from rapidfire_automl.records import TrialRecord
 from rapidfire_automl.sampling import Sampling
-from rapidfire_automl.seeding import reseed
 from rapidfire_policies.base import TrialState
 
 logger = logging.getLogger("rapidfire_automl")
@@ -268,52 +268,12 @@ class RapidFireExecutor:
         assert self._conductor is not None
         assert self._runner is not None
         runner = self._runner
-        threads: dict[int, threading.Thread] = {}
-        outcomes: dict[int, Outcome] = {}
-        mine: list[int] = []
-        local = getattr(study, "_thread_local", None)
-
-        def start(trial: optuna.Trial) -> Arm:
-            if self._durability is not None:
-                label(study, trial)
-            arm = self._arm(trial)
-            if self._durability is not None:
-                self._durability.asked(arm.number)
-            return launch(arm)
-
-        def launch(arm: Arm) -> Arm:
-            mine.append(arm.number)
-
-            def body() -> None:
-                outcomes[arm.number] = runner.run(arm, build)
-
-            threads[arm.number] = threading.Thread(target=body, name=f"trial-{arm.number}", daemon=True)
-            threads[arm.number].start()
-            return arm
-
-        def retire(arm: Arm) -> None:
-            threads.pop(arm.number).join()
-            outcome = outcomes.pop(arm.number, Outcome("failed"))
-            if self._durability is not None and outcome.kind != "cancelled":
-                self._durability.ended(arm, outcome.kind, outcome.vector, outcome.reason)
-            if local is not None:  # a sampler that has seen all of its grid may stop the study from `tell`
-                local.in_optimize_loop = True
-            try:
-                if outcome.kind == "complete":
-                    study.tell(arm.trial, outcome.vector)
-                else:
-                    pruned = outcome.kind == "pruned"
-                    state = optuna.trial.TrialState.PRUNED if pruned else optuna.trial.TrialState.FAIL
-                    study.tell(arm.trial, state=state)
-            finally:
-                if local is not None:
-                    local.in_optimize_loop = False
-
-        if hasattr(study, "_stop_flag"):
-            study._stop_flag = False
-        left = self._take_up(study, n_trials, launch)
-        source = Asking(study, left, start, timeout_s, self._seeding(study, n_trials - left))
-        self._conduct(source, retire)
+        if self._durable and self._durability is None:
+            self._durability = Durability(self._folder(0).parent.parent, self._tell)
+        loop = Loop(study, self._arm, lambda arm: runner.run(arm, build), self._durability)
+        left = self._take_up(study, n_trials, loop)
+        source = Asking(study, left, loop.start, timeout_s, lambda asked: loop.seed(n_trials - left + asked))
+        self._conduct(source, loop.retire)
         try:
             while not self._finished.wait(0.2):
                 pass
@@ -326,9 +286,10 @@ class RapidFireExecutor:
             raise KeyboardInterrupt
         if self._durability is not None:
             self._durability.over()
-        failed = [number for number in mine if self._records[number].state is TrialState.FAILED]
-        if mine and len(failed) == len(mine) and not self._stopping:
-            raise RuntimeError(f"All {len(mine)} trials failed. Trial {failed[0]}: {self._records[failed[0]].error}")
+        ran = loop.numbers
+        failed = [number for number in ran if self._records[number].state is TrialState.FAILED]
+        if ran and len(failed) == len(ran) and not self._stopping:
+            raise RuntimeError(f"All {len(ran)} trials failed. Trial {failed[0]}: {self._records[failed[0]].error}")
 
     def stop(self) -> None:
         """End the search at the next safe point; finished trials are kept, running ones fail as stopped."""
@@ -470,46 +431,37 @@ class RapidFireExecutor:
                 self._records.clear()
                 self._referee.begin(study)
 
-    def _take_up(self, study: optuna.Study, n_trials: int, launch: Callable[[Arm], Arm]) -> int:
+    def _take_up(self, study: optuna.Study, n_trials: int, loop: Loop) -> int:
         """Begin a search, or go on with one that was killed; returns how many trials are left to ask for."""
-        if not self._durable:
+        durability = self._durability
+        if durability is None:
             return n_trials
         assert self._base is not None
         assert self._conductor is not None
         assert self._runner is not None
-        self._folder(0)
-        assert self._output_dir is not None
-        if self._durability is None:
-            self._durability = Durability(self._output_dir, self._tell)
         facts = {
             "base": fingerprint_of_base(self._base.model),
             "chunks": self.chunks,
             "directions": [direction.name for direction in study.directions],
         }
-        past = self._durability.begin(study, facts)
+        past = durability.begin(study, facts)
         if past is None:
             return n_trials
-        if (measured := self._durability.restore_base()) is not None:
+        if (measured := durability.restore_base()) is not None:
             self._keep_base(measured)
             self._runner.base_is_known()
-        over, going = self._durability.go_on(study, past)
+        over, going = durability.go_on(study, past)
+        self._referee.leave_out(past.asked)
         self._records.update({record.number: record for record in over})
         arms = []
         for one in going:
             arm = self._arm(one.trial, one.record)
             arm.judged, arm.final, arm.restored = one.judged, one.final, one.restored
-            arms.append(launch(arm))
+            arms.append(loop.launch(arm))
         self._conductor.adopt(arms)
         logger.info("The search goes on: %d trials have ended, %d go on.", len(over), len(going))
         self._tell("search_resumed", None, ended=len(over), going_on=len(going))
         return max(0, n_trials - len(past.asked))
-
-    def _seeding(self, study: optuna.Study, before: int) -> Callable[[int], None]:
-        """Have a proposal depend on its place in the search, where the search is to survive."""
-        durability = self._durability
-        if durability is None:
-            return lambda asked: None
-        return lambda asked: reseed(study.sampler, durability.sampler_seed, before + asked)
 
     def _keep_verdicts(self, verdicts: list[tuple[int, int, str, str]]) -> None:
         if self._durability is not None:

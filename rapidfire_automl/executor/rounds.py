@@ -12,6 +12,7 @@ import optuna
 from numpy.typing import NDArray
 
 from rapidfire_automl import failpoints
+from rapidfire_automl.attempts import last_attempts
 from rapidfire_automl.executor.arm import Arm
 from rapidfire_automl.histories import CHUNKS_ATTR, COST_ATTR, history_from_study
 from rapidfire_automl.pruners import PolicyPruner
@@ -64,6 +65,11 @@ class Referee:
             message = f"{name} isn't asked in a study with several objectives; a PolicyPruner would be."
             logger.warning(message)
             self._tell("warning", None, message=message)
+
+    def leave_out(self, numbers: Iterable[int]) -> None:
+        """Trials of this search that an earlier process has begun are known by their records."""
+        numbers = set(numbers)
+        self._past = tuple(trial for trial in self._past if trial.number not in numbers)
 
     def __call__(self, waiting: Sequence[Arm], paused: Sequence[Arm]) -> dict[int, Decision]:
         """Report what the arms at a boundary have come to, and judge.
@@ -226,7 +232,9 @@ def past(study: optuna.Study, chunks: int) -> tuple[TrialHistory, ...]:
         study.set_user_attr(CHUNKS_ATTR, chunks)
     if study.user_attrs[CHUNKS_ATTR] != chunks or len(study.directions) > 1:
         return ()
-    return tuple(trial for trial in history_from_study(study).trials if not trial.is_live)
+    last = {trial.number: number for number, trial in last_attempts(study).items()}
+    seen = [trial for trial in history_from_study(study).trials if not trial.is_live and trial.number in last]
+    return tuple(replace(trial, number=last[trial.number]) for trial in seen)
 
 
 def judge(
