@@ -23,6 +23,7 @@ import shutil
 import stat
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -306,6 +307,7 @@ def _own_hash(manifest: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(manifest, allow_nan=False, sort_keys=True).encode()).hexdigest()
 
 
+@cache
 def _versions() -> dict[str, str]:
     found = {}
     for library in _LIBRARIES:

@@ -15,6 +15,7 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import EarlyStoppingCallback, LlamaForCausalLM, Trainer, TrainerCallback
+from transformers.trainer_callback import ExportableState
 from trl import DPOTrainer, RLOOTrainer
 
 from rapidfire_automl.executor.adapters import AdapterBank
@@ -81,6 +82,11 @@ def check_same(one: Trainer, other: Trainer) -> None:
         theirs.num_input_tokens_seen,
     )
     assert mine.total_flos == theirs.total_flos
+    kept = [
+        [callback.state() for callback in trainer.callback_handler.callbacks if isinstance(callback, ExportableState)]
+        for trainer in (one, other)
+    ]
+    assert kept[0] == kept[1]
 
 
 def check_goes_on(spec: Spec, folder: Path, steps: tuple[int, ...]) -> None:
@@ -128,6 +134,16 @@ class Counting(TrainerCallback):
         self.epochs.append(state.epoch)
 
 
+@dataclass(frozen=True)
+class Scaled(Spec):
+    """With a gradient scaler, which transformers has only on GPUs; it grows within the run."""
+
+    def build(self, model: Any, tokenizer: Any, folder: Path, *, peft: bool = True) -> Trainer:
+        trainer = super().build(model, tokenizer, folder, peft=peft)
+        trainer.accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=64.0, growth_interval=3)
+        return trainer
+
+
 # 22 examples in twos: 11 batches an epoch, 6 steps of two batches, the sixth of one.
 RAGGED: dict[str, Any] = {"gradient_accumulation_steps": 2, "max_steps": 15}
 SFT: Mapping[str, tuple[Spec, tuple[int, ...]]] = {
@@ -161,7 +177,7 @@ SFT: Mapping[str, tuple[Spec, tuple[int, ...]]] = {
                 "logging_steps": 3,
                 "load_best_model_at_end": False,
             },
-            callbacks=(lambda: EarlyStoppingCallback(early_stopping_patience=50),),
+            callbacks=(lambda: EarlyStoppingCallback(early_stopping_patience=50, early_stopping_threshold=0.1),),
         ),
         (4, 6, 9),
     ),
@@ -184,6 +200,7 @@ SFT: Mapping[str, tuple[Spec, tuple[int, ...]]] = {
         ),
         (3, 5),
     ),
+    "a gradient scaler": (Scaled(args={"max_steps": 9}), (2, 5)),
     "workers, evaluated at the start, data not skipped": (
         Spec(args=RAGGED | {"dataloader_num_workers": 1, "eval_on_start": True, "ignore_data_skip": True}),
         (4, 6),
@@ -209,6 +226,7 @@ OTHERS: Mapping[str, tuple[Spec, tuple[int, ...]]] = {
             args={
                 "max_steps": 8,
                 "use_adaptive_entropy": True,
+                "entropy_target": 100.0,
                 "eval_strategy": "steps",
                 "eval_steps": 2,
                 "per_device_eval_batch_size": 4,
@@ -336,6 +354,12 @@ def test_an_optimizer_state_keeps_its_dtype() -> None:
     }
     assert all(torch.equal(loaded[name], value) for name, value in state["state"][0].items())
     assert all(loaded[name] is not value for name, value in state["state"][0].items())
+
+
+def test_another_precision_is_refused(tmp_path: Path) -> None:
+    snapshot = stored(captured(Spec(), tmp_path, 3)[1], tmp_path)
+    with pytest.raises(ValueError, match="another precision"):
+        Durable(built(Scaled(), tmp_path)).train(snapshot)
 
 
 def test_another_adapter_is_refused(tmp_path: Path) -> None:
