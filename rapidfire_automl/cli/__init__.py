@@ -5,6 +5,7 @@ from __future__ import annotations
 import typer
 
 from rapidfire_automl.cli.demo import demo
+from rapidfire_automl.cli.demo_grpo import demo_grpo
 from rapidfire_automl.cli.doctor import doctor
 from rapidfire_automl.cli.run import run
 
@@ -18,6 +19,7 @@ app = typer.Typer(
 )
 app.command()(run)
 app.command()(demo)
+app.command()(demo_grpo)
 app.command()(doctor)
 
 

@@ -23,8 +23,14 @@ _STATES = {
 }
 
 
-def show_result(result: SearchResult, console: Console) -> None:
-    """Print the best trial, where its adapter lies, what the search cost, and where the pictures are."""
+def show_result(result: SearchResult, console: Console, *, rankings: bool = True) -> None:
+    """Print the best trial, where its adapter lies, what the search cost, and where the pictures are.
+
+    Args:
+        result: What was found.
+        console: Where to.
+        rankings: Whether to print the table of ranks of a search whose trials generate.
+    """
 
     def line(label: str, text: str, style: str = "") -> None:
         console.print(Text.assemble((f"{label:<10}", "dim"), (text, style)), soft_wrap=True, highlight=False)
@@ -52,7 +58,7 @@ def show_result(result: SearchResult, console: Console) -> None:
             "red",
         )
     line("Time", clock(result.wall_s) + _first_verdict(result))
-    if "rankings" in result.summary:
+    if rankings and "rankings" in result.summary:
         line("Ranked", _equal(result.summary["rankings"]))
         console.print(_rankings(result))
     for name, path in result.summary.get("pictures", {}).items():
