@@ -42,6 +42,11 @@ def storage(text: str | None) -> str | optuna.storages.BaseStorage | None:
     return f"sqlite:///{text}"
 
 
+def new_run_dir(given: str | None, name: str) -> Path:
+    """The run folder of a search that does not go on: the one given, or the next free one; not made yet."""
+    return run_dir_of(given, name, {})
+
+
 def run_dir_of(given: str | None, name: str, facts: Mapping[str, Any]) -> Path:
     """The run folder that `output.dir` means, or the next free one; not made yet.
 
@@ -69,7 +74,7 @@ def run_dir_of(given: str | None, name: str, facts: Mapping[str, Any]) -> Path:
     while folder.exists():
         taken, last = taken + 1, folder
         folder = Path("runs") / f"{name}-{taken}"
-    return last if last is not None and _unfinished(last) == dict(facts) else folder
+    return last if last is not None and facts and _unfinished(last) == dict(facts) else folder
 
 
 def _unfinished(folder: Path) -> dict[str, Any] | None:
