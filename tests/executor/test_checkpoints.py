@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import logging
 import math
 import os
 import pickle
@@ -169,6 +170,11 @@ def test_layouts_and_sharing() -> None:
     assert one is two is three
     assert not one.requires_grad
     assert len(encode(tree)[1]) == 6
+
+
+def test_paths_that_read_alike_stay_apart() -> None:
+    tree = {"a": {"b": torch.ones(2)}, "a/b": torch.zeros(2), "c": {0: torch.ones(3), "0": torch.zeros(3)}}
+    check_equal(through(tree), tree)
 
 
 def test_dicts_of_other_kinds_become_dicts() -> None:
@@ -379,7 +385,8 @@ def test_the_one_before_is_used(how: str, why: str, tmp_path: Path, caplog: pyte
     for chunk in (1, 2, 10):
         write(chunk_folder(tmp_path, chunk), snapshot(float(chunk)))
     damage(tmp_path / "chunk-0010", how)
-    found = newest(tmp_path)
+    with caplog.at_level(logging.WARNING, "rapidfire_automl"):
+        found = newest(tmp_path)
     assert found.folder == tmp_path / "chunk-0002"
     assert found.snapshot is not None and value_of(found.snapshot) == 2.0
     [(folder, reason)] = found.damaged
@@ -528,6 +535,7 @@ def test_what_can_not_be_written_is_said_at_once(tmp_path: Path) -> None:
 def test_an_error_gives_up_one_and_goes_on(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     (tmp_path / "a").write_text("a file where a trial's folder is to be")
     heard = Heard()
+    caplog.set_level(logging.WARNING, "rapidfire_automl")
     writer = Writer(on_written=heard.written.append, on_trouble=lambda trouble: heard.trouble.append(trouble) or 1 / 0)
     writer.submit(tmp_path / "a" / "chunk-0001", snapshot())
     writer.submit(tmp_path / "b" / "chunk-0001", snapshot())
@@ -574,9 +582,10 @@ def test_a_full_disk_pauses_writing(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT])
 def test_other_kinds_of_full(number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    own, left = os.fsync, [3]
+    own, left, both = os.fsync, [3], threading.Event()
 
     def fsync(descriptor: int) -> None:
+        assert both.wait(30)
         if left[0]:
             left[0] -= 1
             raise OSError(number, os.strerror(number))
@@ -585,7 +594,10 @@ def test_other_kinds_of_full(number: int, tmp_path: Path, monkeypatch: pytest.Mo
     monkeypatch.setattr(checkpoints.os, "fsync", fsync)
     heard = Heard()
     writer = heard.writer()
-    writer.submit(tmp_path / "chunk-0001", snapshot())
+    for trial in "ab":
+        writer.submit(tmp_path / trial / "chunk-0001", snapshot())
+    both.set()
     assert writer.flush(30) and writer.close(30)
-    assert heard.kinds == ["paused", "resumed"] and len(heard.written) == 1
-    assert [p.name for p in tmp_path.iterdir()] == ["chunk-0001"]
+    assert heard.kinds == ["paused", "resumed"]
+    assert [w.folder.parent.name for w in heard.written] == ["a", "b"]
+    assert sorted(p.name for p in tmp_path.rglob("*chunk*")) == ["chunk-0001", "chunk-0001"]

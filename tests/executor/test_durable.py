@@ -30,12 +30,12 @@ from tests.executor.rollouts import RolloutSpec, brevity, evenness, rollout_base
 class Boundaries(TrainerCallback):
     """Captures after some steps, at the moment the executor does: once the step has been logged, if it is to be."""
 
-    def __init__(self, durable: Durable, steps: tuple[int, ...], stop: bool) -> None:
-        self._durable, self._steps, self._stop = durable, steps, stop
+    def __init__(self, durable: Durable, steps: tuple[int, ...], stop: bool, step_ends: bool = True) -> None:
+        self._durable, self._steps, self._stop, self._step_ends = durable, steps, stop, step_ends
         self.taken: dict[int, Packed] = {}
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if not control.should_log:
+        if self._step_ends and not control.should_log:
             self._take(state, control)
 
     def on_log(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -253,6 +253,25 @@ def test_sft_goes_on_exactly(name: str, tmp_path: Path) -> None:
 def test_other_trainers_go_on_exactly(name: str, tmp_path: Path) -> None:
     spec, steps = OTHERS[name]
     check_goes_on(spec, tmp_path, steps)
+
+
+@pytest.mark.slow
+def test_captured_after_an_epoch_s_end(tmp_path: Path) -> None:
+    """In the log of the epoch, after callbacks have heard of its end: its evaluation is all that is left of it."""
+    spec = SFT["evaluated and logged by epoch"][0]
+    oracle = built(spec, tmp_path)
+    oracle.train()
+    trainer = built(spec, tmp_path)
+    durable = Durable(trainer)
+    boundaries = Boundaries(durable, (6, 12), stop=False, step_ends=False)
+    trainer.add_callback(boundaries)
+    durable.train()
+    for step, ends in ((6, 2), (12, 1)):
+        resumed = built(spec, tmp_path)
+        Durable(resumed).train(stored(boundaries.taken[step], tmp_path))
+        check_same(resumed, oracle)
+        [counting] = [each for each in resumed.callback_handler.callbacks if isinstance(each, Counting)]
+        assert len(counting.epochs) == ends
 
 
 def captured(spec: Spec, folder: Path, step: int) -> tuple[Trainer, Packed]:

@@ -45,7 +45,6 @@ _COUNTERS = (
     "_total_loss_scalar",
     "_globalstep_last_logged",
     "_initial_global_step",
-    "_initial_num_input_tokens_seen",
     "current_flos",
     "_step",
     "_total_train_tokens",
@@ -136,7 +135,7 @@ class Durable:
         self._trainer.state = TrainerState(**snapshot.tree["trainer"])
 
     def capture(self, **meta: Any) -> Snapshot:
-        """The state between two steps: call it from a callback's `on_step_end`, `on_log` or later. Nothing is copied.
+        """The state between two steps: call it from a callback's `on_step_end` or `on_log`. Nothing is copied.
 
         Args:
             meta: Goes into the snapshot as it is.
