@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from rapidfire_automl.sampling import Sampling
     from rapidfire_automl.search import SearchResult, run_search
     from rapidfire_automl.space import List, Range
+    from rapidfire_automl.stories import why
 
 __version__ = "0.1.0.dev0"
 
@@ -45,6 +46,7 @@ _MODULES = {
     "SearchResult": "search",
     "replay": "replay",
     "run_search": "search",
+    "why": "stories",
 }
 
 __all__ = [
@@ -69,6 +71,7 @@ __all__ = [
     "__version__",
     "replay",
     "run_search",
+    "why",
 ]
 
 

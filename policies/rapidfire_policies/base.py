@@ -62,7 +62,7 @@ class Decision:
       beside its limit. `flat`: chunks without variance in the reward.
     - `worse_by`, `worse_by_at_least`: the mean difference to `rival` and its lower bound at a `level`, over `examples`.
       `short_by`: had every score been better by more, the trial would have gone on.
-    - `cost`, `rival_cost`, `margin`; `unit`: the cost of one unit of `rung`. `spent`, `to_come`, `budget`: chunks.
+    - `cost`, `rival_cost`, `margin`; `paid`: so far; `unit`: of a unit of `rung`. `spent`, `to_come`, `budget`: chunks.
 
     Args:
         verdict: What becomes of the trial.

@@ -160,7 +160,7 @@ class _Ledger:
             return answer
         spent = float(self._spent[-1]) if self.trial.resource else 0.0
         units = {"rung": answer.numbers.get("rung", answer.numbers.get("resource", self.now))}
-        own = {"resource": self.trial.resource, "cost": spent, "unit": self._unit}
+        own = {"resource": self.trial.resource, "paid": spent, "unit": self._unit}
         return replace(answer, numbers={**answer.numbers, **units, **own})
 
     def shown_at(self, resource: int, whole: int) -> TrialHistory:

@@ -1,4 +1,4 @@
-"""The command line: `rapidfire-automl run search.toml`, `demo`, `doctor`, `version`."""
+"""The command line: `rapidfire-automl run search.toml`, `demo`, `doctor`, `why`, `version`."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import typer
 from rapidfire_automl.cli.demo import demo
 from rapidfire_automl.cli.doctor import doctor
 from rapidfire_automl.cli.run import run
+from rapidfire_automl.cli.why import why
 
 app = typer.Typer(
     name="rapidfire-automl",
@@ -19,6 +20,7 @@ app = typer.Typer(
 app.command()(run)
 app.command()(demo)
 app.command()(doctor)
+app.command()(why)
 
 
 @app.command()

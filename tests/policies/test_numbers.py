@@ -185,7 +185,7 @@ CURVES = tuple(TrialHistory(n, falling(level, 6)) for n, level in enumerate((0.1
         (Guard(patience=1, max_kl=None), (LINE[0], BAD), 1, {"threshold", "best"}),
         (Patience(Median(), patience=0), (TrialHistory(0, (0.2, 0.1)), BAD), 1, {"threshold", "peers"}),
         (WarmUp(ASHA(), chunks=1), LINE, 5, {"rank", "threshold"}),
-        (CostAware(ASHA(), unit=0.5), scored(0.1, 0.2, 0.3, 0.4), 3, {"unit", "cost", "rung", "threshold"}),
+        (CostAware(ASHA(), unit=0.5), scored(0.1, 0.2, 0.3, 0.4), 3, {"unit", "paid", "rung", "threshold"}),
     ],
     ids=lambda value: repr(value) if isinstance(value, Policy) else None,
 )
