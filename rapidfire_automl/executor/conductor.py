@@ -217,7 +217,8 @@ class Conductor:
                 if arm.decision is None or arm.decision.verdict is Verdict.PAUSE:
                     arm.decision = Decision(Verdict.STOP, "paused when the search ended")
                     arm.record.verdicts.append((len(arm.record.values), "stop", arm.decision.reason))
-                    self._tell("verdict", arm, verdict="stop", reason=arm.decision.reason)
+                    numbers = arm.record.standing
+                    self._tell("verdict", arm, verdict="stop", reason=arm.decision.reason, by="", numbers=numbers)
 
     def _end_judged(self, home: TrialContext) -> None:
         """Arms with a final verdict leave before the next round, so that their slots are free for it."""

@@ -17,7 +17,16 @@ from rapidfire_automl.executor.arm import Arm
 from rapidfire_automl.histories import CHUNKS_ATTR, COST_ATTR, history_from_study
 from rapidfire_automl.pruners import PolicyPruner
 from rapidfire_automl.records import TrialRecord
-from rapidfire_policies.base import Decision, History, Policy, TrialHistory, TrialState, Verdict
+from rapidfire_policies.base import (
+    Decision,
+    History,
+    Policy,
+    TrialHistory,
+    TrialState,
+    Verdict,
+    flipped,
+    numbers_of,
+)
 from rapidfire_policies.pareto import scalarize
 
 logger = logging.getLogger("rapidfire_automl")
@@ -89,6 +98,7 @@ class Referee:
             arm.record.state = TrialState.COMPLETE if finite else TrialState.FAILED
         going = [arm for arm in waiting if arm not in ended]
         decisions: dict[int, Decision] = {}
+        by = ""
         if going or paused:
             one = (going or paused)[0]
             now = history(
@@ -100,8 +110,11 @@ class Referee:
             )
             whole = replace(now, trials=(*self._past, *now.trials))
             decisions = dict(judge(one.trial.study, going, paused, whole))
+            by = _name(one.trial.study.pruner)
+            if one.minimize == (False,):  # the policy saw the values with their sign flipped
+                decisions = {n: replace(said, numbers=flipped(said.numbers)) for n, said in decisions.items()}
         for arm in ended:
-            decisions[arm.number] = Decision(Verdict.COMPLETE, "trained to the end")
+            decisions[arm.number] = Decision(Verdict.COMPLETE, "trained to the end", arm.record.standing)
         both = sorted([*waiting, *paused], key=lambda arm: arm.number)
         verdicts = []
         for arm in both:
@@ -116,7 +129,14 @@ class Referee:
             if decision is None or (arm in paused and decision.verdict is Verdict.PAUSE):
                 continue
             arm.record.verdicts.append((len(arm.record.values), str(decision.verdict), decision.reason))
-            self._tell("verdict", arm, verdict=str(decision.verdict), reason=decision.reason)
+            self._tell(
+                "verdict",
+                arm,
+                verdict=str(decision.verdict),
+                reason=decision.reason,
+                by="" if arm in ended else by,
+                numbers=dict(decision.numbers),
+            )
         return decisions
 
     def record(self, arm: Arm, vector: tuple[float, ...], scores: Any, metrics: Mapping[str, float]) -> None:
@@ -257,10 +277,19 @@ def judge(
     decisions = {}
     for arm in waiting:
         if len(arm.minimize) == 1 and arm.trial.should_prune():
-            decisions[arm.number] = Decision(Verdict.STOP, f"{type(pruner).__name__} says so")
+            seen = next(trial for trial in history.trials if trial.number == arm.number)
+            decisions[arm.number] = Decision(Verdict.STOP, f"{type(pruner).__name__} says so", numbers_of(seen))
     for arm in paused:
         decisions[arm.number] = Decision(Verdict.CONTINUE, "")
     return decisions
+
+
+def _name(judge: object) -> str:
+    """A policy's or a pruner's name, with what it wraps: "WarmUp(ASHA)"."""
+    if isinstance(judge, PolicyPruner):
+        return _name(judge.policy)
+    name, inner = type(judge).__name__, getattr(judge, "policy", None)
+    return f"{name}({_name(inner)})" if isinstance(inner, Policy) else name
 
 
 def _policy(policy: Policy, history: History) -> Mapping[int, Decision]:
