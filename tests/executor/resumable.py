@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import itertools
 import json
+import os
+import signal
 import sys
 from pathlib import Path
 from typing import Any
@@ -14,6 +17,7 @@ from peft import LoraConfig
 
 from rapidfire_automl import PolicyPruner, RapidFireExecutor
 from rapidfire_automl.attempts import last_attempts
+from rapidfire_automl.events import Event
 from rapidfire_automl.plan import Plan
 from rapidfire_policies import ASHA, Nop
 from tests.executor.searches import PLAN, make_executor, sft
@@ -36,6 +40,7 @@ def run(
     train_rows: int = 12,
     lowest: float = 1e-4,
     hidden: int = 32,
+    term_at: int | None = None,
 ) -> dict[str, Any]:
     """Search, or go on; what came of it, in plain JSON types."""
     from tests.executor.searches import sums, tiny_model
@@ -70,6 +75,13 @@ def run(
 
     events = []
     executor.add_listener(lambda event: events.append((event.kind, event.trial, dict(event.data))))
+    steps = itertools.count(1)
+
+    def term(event: Event) -> None:
+        if event.kind == "step" and next(steps) == term_at:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    executor.add_listener(term)
     with executor:
         executor.optimize(study, objective, n_trials=n_trials)
         records = executor.records
