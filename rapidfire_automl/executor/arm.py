@@ -32,6 +32,7 @@ class Arm:
         context: Its share of the process-wide state.
         record: Its story.
         minimize: Whether its study minimises, by objective.
+        trained: Chunks that its trainer has done; fewer than are recorded where a checkpoint was lost.
         judged: Chunks on which there is a verdict.
         final: The verdict on the last of them, where an earlier process has ended it there.
         restored: What it goes on from, where an earlier process has begun it.
@@ -53,6 +54,7 @@ class Arm:
     chunk_tokens: int = 0
     chunk_generated: int = 0
     step: int = 0
+    trained: int = 0
     judged: int = 0
     final: Decision | None = None
     restored: Any = None
@@ -79,7 +81,7 @@ class Arm:
 
     def _share(self, step: int) -> float:
         ends = self.record.boundaries
-        chunk = len(self.record.values)
+        chunk = self.trained
         if chunk >= len(ends):
             return 1.0
         start = ends[chunk - 1] if chunk else 0

@@ -97,8 +97,8 @@ class Conductor:
         for arm in arms:
             if arm.record.state is not TrialState.PAUSED:
                 self._give_slot(arm)
-            done = len(arm.record.values)
-            if arm.final is not None and (done == arm.judged or arm.final.verdict is Verdict.STOP):
+            last = arm.trained == arm.judged or arm.record.state is TrialState.PAUSED
+            if arm.final is not None and (last or arm.final.verdict is Verdict.STOP):
                 arm.decision = arm.final
         self._arms = sorted([*self._arms, *arms], key=lambda arm: arm.number)
 

@@ -27,10 +27,11 @@ from rapidfire_automl.executor.arm import Arm
 from rapidfire_automl.executor.checkpoints import Snapshot, chunk_folder, newest
 from rapidfire_automl.executor.evaluation import Measured
 from rapidfire_automl.executor.journal import Journal, Past, SearchDiffers, differences
+from rapidfire_automl.executor.rounds import VECTORS_ATTR
 from rapidfire_automl.executor.writing import Trouble, Writer, Written
 from rapidfire_automl.records import TrialRecord
 from rapidfire_automl.seeding import seed_of
-from rapidfire_policies.base import Decision, TrialState, Verdict
+from rapidfire_policies.base import Decision, TrialState
 
 _KEEP = 2
 """Checkpoints of a trial that are kept: the newest, and the one to fall back to if it is damaged."""
@@ -49,6 +50,11 @@ class Restored:
 
     snapshot: Snapshot | None
     attempt: int
+
+    @property
+    def trained(self) -> int:
+        """Chunks that the checkpoint has behind it."""
+        return 0 if self.snapshot is None else int(self.snapshot.tree["trained"])
 
 
 @dataclass(slots=True)
@@ -170,8 +176,13 @@ class Durability:
             snapshot: The trainer's state.
         """
         if self._on:
-            tree = {**snapshot.tree, "record": to_tree(arm.record), "data": fingerprint_of_data(trainer)}
-            folder = chunk_folder(self._of(arm.number, _CHECKPOINTS), len(arm.record.values))
+            tree = {
+                **snapshot.tree,
+                "record": to_tree(arm.record),
+                "data": fingerprint_of_data(trainer),
+                "trained": arm.trained,
+            }
+            folder = chunk_folder(self._of(arm.number, _CHECKPOINTS), arm.trained)
             self._writer.submit(folder, replace(snapshot, tree=tree))
 
     def ended(self, arm: Arm, kind: str, vector: Sequence[float], reason: str) -> None:
@@ -280,10 +291,8 @@ class Durability:
         record.state = TrialState.PAUSED if past.is_paused(number) else TrialState.RUNNING
         record.error = None
         judged = past.judged.get(number, 0)
-        final = past.final(number)
-        if final is not None and final.verdict is Verdict.STOP:
-            _fill(record, trial, judged)
-        return Unfinished(trial, record, judged, final, Restored(found, attempts.attempt_of(trial)))
+        _fill(record, trial, judged)
+        return Unfinished(trial, record, judged, past.final(number), Restored(found, attempts.attempt_of(trial)))
 
     def _newest(self, folder: Path) -> Snapshot | None:
         if not folder.is_dir():
@@ -295,11 +304,14 @@ class Durability:
 
 
 def _fill(record: TrialRecord, trial: optuna.Trial, chunks: int) -> None:
-    """Values of chunks that were reported and judged, and whose checkpoint was not whole yet, for a stopped trial."""
+    """Values of chunks that were reported and judged, but whose checkpoint is lost: policies go by them."""
     reported = trial.study.get_trials(deepcopy=False)[trial.number].intermediate_values
+    vectors = trial.user_attrs.get(VECTORS_ATTR, [])
     for chunk in range(len(record.values) + 1, chunks + 1):
         if chunk in reported:
             record.add_chunk((reported[chunk],), np.empty(0), {}, 0.0, 0)
+        elif chunk <= len(vectors):
+            record.add_chunk(tuple(vectors[chunk - 1]), np.empty(0), {}, 0.0, 0)
 
 
 def fingerprint_of_base(model: nn.Module) -> str:

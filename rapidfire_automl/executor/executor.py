@@ -457,6 +457,7 @@ class RapidFireExecutor:
         for one in going:
             arm = self._arm(one.trial, one.record)
             arm.judged, arm.final, arm.restored = one.judged, one.final, one.restored
+            arm.trained = one.restored.trained
             arms.append(loop.launch(arm))
         self._conductor.adopt(arms)
         logger.info("The search goes on: %d trials have ended, %d go on.", len(over), len(going))

@@ -92,7 +92,7 @@ class ChunkCallback(TrainerCallback):
         """Cut the trial's own stream into chunks."""
         arm, host = self._arm, self._host
         boundaries = list(_boundaries(self._trainer, state.max_steps, host.chunks))
-        if arm.record.values and boundaries != arm.record.boundaries:
+        if arm.record.boundaries and boundaries != arm.record.boundaries:
             raise ValueError(f"its chunks ended at steps {arm.record.boundaries}, now they would at {boundaries}")
         arm.record.boundaries = boundaries
         arm.step = state.global_step
@@ -140,7 +140,7 @@ class ChunkCallback(TrainerCallback):
         arm, host, record = self._arm, self._host, self._arm.record
         arm.abandon_passes()
         arm.step = state.global_step
-        done = len(record.values)
+        done = arm.trained
         host.tell("step", arm, step=state.global_step, max_steps=state.max_steps)
         if done >= len(record.boundaries) or state.global_step < record.boundaries[done]:
             return
@@ -169,14 +169,19 @@ class ChunkCallback(TrainerCallback):
             arm.walks.refresh()
         flags = dict(vars(control))
         metrics = _means(state.log_history[self._logged :])
-        with generators_of_its_own(host.seed):
-            measured = host.evaluator.measure(self._trainer, minimize=arm.minimize)
-        vars(control).update(flags)  # a metric that calls `trainer.evaluate()` would swallow this step's log
+        arm.trained = chunk = arm.trained + 1
+        known = chunk <= len(arm.record.values)  # reported before a kill; its checkpoint was lost, and maybe its scores
+        if not known or not len(arm.record.scores[chunk - 1]):
+            with generators_of_its_own(host.seed):
+                measured = host.evaluator.measure(self._trainer, minimize=arm.minimize)
+            vars(control).update(flags)  # a metric that calls `trainer.evaluate()` would swallow this step's log
+            if known:
+                arm.record.scores[chunk - 1] = measured.scores
+            else:
+                host.record(arm, measured.vector, measured.scores, metrics)
         self._logged = len(state.log_history)
-        host.record(arm, measured.vector, measured.scores, metrics)
         if self.durable is not None:
             host.save(arm, self._trainer, self.durable.capture())
-        chunk = len(arm.record.values)
         if chunk > arm.judged:
             decision = host.submit(arm, Boundary(chunk))
         else:
@@ -244,8 +249,8 @@ def _train(arm: Arm, trainer: Trainer, durable: seams.Durable | None, host: Host
         return
     # What was trained and not judged is judged first; a verdict on a paused trial is known.
     decision = arm.answer
-    if len(arm.record.values) > arm.judged:
-        decision = host.submit(arm, Boundary(len(arm.record.values)))
+    if arm.trained > arm.judged:
+        decision = host.submit(arm, Boundary(arm.trained))
     if not isinstance(decision, Decision) or decision.verdict not in (Verdict.STOP, Verdict.COMPLETE):
         durable.train(snapshot)
     elif decision.verdict is Verdict.COMPLETE:
