@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: install demo demo-grpo demo-compare rollouts test test-fast lint clean
+.PHONY: install demo demo-grpo demo-compare rollouts test test-fast test-faults lint clean
 .DEFAULT_GOAL := help
 
 .PHONY: help
@@ -16,6 +16,7 @@ help:
 	@echo "make demo-compare  the same space searched serially with plain TRL, for the wall time (long)"
 	@echo "make rollouts      joint rollouts against plain TRL: tokens a second, GRPO steps, roofline (20 minutes, quiet CPU)"
 	@echo "make test          lint, types, import contracts and every test"
+	@echo "make test-faults   kill -9 and other faults, all of them (minutes)"
 	@echo "make test-fast     the tests that take seconds"
 	@echo "make lint          ruff, mypy, import-linter"
 	@echo "make install       only set up $(VENV)"
@@ -50,6 +51,9 @@ test: lint
 
 test-fast: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m "not slow"
+
+test-faults: $(STAMP)
+	RAPIDFIRE_FAULTS=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 tests/executor/test_resume.py tests/executor/test_checkpoints.py
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from rapidfire_automl.sampling import Sampling
     from rapidfire_automl.search import SearchResult, run_search
     from rapidfire_automl.space import List, Range
+    from rapidfire_automl.stories import why
 
 __version__ = "0.1.0.dev0"
 
@@ -56,6 +57,7 @@ _MODULES = {
     "reasoning_rows": "reasoning",
     "replay": "replay",
     "run_search": "search",
+    "why": "stories",
 }
 
 __all__ = [
@@ -83,6 +85,7 @@ __all__ = [
     "reasoning_rows",
     "replay",
     "run_search",
+    "why",
 ]
 
 

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import importlib
+import json
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import optuna
 
 from rapidfire_automl.settings import SettingsError
+
+FACTS = "search.json"
+"""What is searched in a run folder: the settings by key, without how many trials, slots and seconds it may take."""
 
 
 def load(name: str, key: str) -> Any:
@@ -39,16 +43,51 @@ def storage(text: str | None) -> str | optuna.storages.BaseStorage | None:
 
 
 def new_run_dir(given: str | None, name: str) -> Path:
-    """The run folder that `output.dir` means, or the next free one; not made yet."""
+    """The run folder of a search that does not go on: the one given, or the next free one; not made yet."""
+    return run_dir_of(given, name, {})
+
+
+def run_dir_of(given: str | None, name: str, facts: Mapping[str, Any]) -> Path:
+    """The run folder that `output.dir` means, or the next free one; not made yet.
+
+    A folder with a search that has not come to its end is taken if that search is this one, to go on with it.
+
+    Args:
+        given: `output.dir`.
+        name: Of the search, where that is None: `runs/<name>`, `runs/<name>-2`, ...
+        facts: What is searched.
+
+    Raises:
+        SettingsError: `output.dir` holds a search that is over, or another one.
+    """
     if given is not None:
-        if (Path(given) / "summary.json").exists():
-            raise SettingsError(f"`output.dir`: {given} already holds a search; name another folder.")
-        return Path(given)
-    taken, folder = 1, Path("runs") / name
+        folder = Path(given)
+        before = _unfinished(folder)
+        if before is None:
+            if (folder / "summary.json").exists():
+                raise SettingsError(f"`output.dir`: {given} already holds a search; name another folder.")
+        elif differ := [key for key in sorted({*before, *facts}) if before.get(key) != facts.get(key)]:
+            said = "; ".join(f"`{key}` was {before.get(key)!r:.80}, is {facts.get(key)!r:.80}" for key in differ[:3])
+            raise SettingsError(f"`output.dir`: the search in {given} can't go on: {said}. Name another folder.")
+        return folder
+    taken, folder, last = 1, Path("runs") / name, None
     while folder.exists():
-        taken += 1
+        taken, last = taken + 1, folder
         folder = Path("runs") / f"{name}-{taken}"
-    return folder
+    return last if last is not None and facts and _unfinished(last) == dict(facts) else folder
+
+
+def _unfinished(folder: Path) -> dict[str, Any] | None:
+    """What is searched in a folder, if that was begun and has not come to its end."""
+    try:
+        facts = json.loads((folder / FACTS).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    try:
+        status = json.loads((folder / "summary.json").read_text(encoding="utf-8")).get("status")
+    except (OSError, ValueError, AttributeError):
+        status = None
+    return facts if isinstance(facts, dict) and status not in ("complete", "failed") else None
 
 
 def find_base(model: str, folder: Path) -> str:

@@ -7,9 +7,10 @@ builds the executor, the study and the objective, and hands them to `run_search`
 from __future__ import annotations
 
 import inspect
+import json
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,7 +22,8 @@ from rapidfire_automl.data import check_files, load_data
 from rapidfire_automl.events import Listener
 from rapidfire_automl.fields import TRAINERS, args_defaults, check_fields, eval_sampling
 from rapidfire_automl.hints import unknown
-from rapidfire_automl.lookups import check_base, find_base, first_line, load, new_run_dir, no_such, storage
+from rapidfire_automl.jsonable import dumps
+from rapidfire_automl.lookups import FACTS, check_base, find_base, first_line, load, no_such, run_dir_of, storage
 from rapidfire_automl.metrics import METRICS
 from rapidfire_automl.rewards import RewardFunc, as_rewards, check_columns
 from rapidfire_automl.samplers import ChunkSampler
@@ -59,6 +61,7 @@ class Program:
         metric: A name the executor knows, a function, or None for the trainer's own.
         run_dir: Where the search will be written; not made yet.
         rewards: The reward functions, of trainers that generate.
+        facts: What is searched, to tell the search that goes on from another one.
     """
 
     settings: Settings
@@ -70,6 +73,7 @@ class Program:
     metric: str | Callable[..., Any] | None
     run_dir: Path
     rewards: tuple[RewardFunc, ...] = ()
+    facts: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def n_trials(self) -> int:
@@ -91,7 +95,8 @@ def prepare(settings: Settings, folder: Path, name: str = "search") -> Program:
         SettingsError: What is wrong, one line per mistake.
     """
     check_files(settings, folder)
-    run_dir = new_run_dir(settings.output.dir, name)
+    facts = _facts(settings)
+    run_dir = run_dir_of(settings.output.dir, name, facts)
     sampler, pruner = build_sampler(settings), build_pruner(settings)
     metric = _metric(settings)
     rewards = _rewards(settings, folder)
@@ -103,7 +108,7 @@ def prepare(settings: Settings, folder: Path, name: str = "search") -> Program:
         if rewards:
             _check_rows(key, rows, rewards)
     _check_steps(settings, space, len(train))
-    program = Program(settings, space, train, held_out, sampler, pruner, metric, run_dir, rewards)
+    program = Program(settings, space, train, held_out, sampler, pruner, metric, run_dir, rewards, facts)
     _try_out(program)
     check_base(base)
     return program
@@ -192,26 +197,40 @@ def build_objective(program: Program, executor: Any) -> Callable[[optuna.Trial],
 
 
 def build_study(program: Program) -> optuna.Study:
-    """A new study; with `sampler = "grid"` its trials wait in it."""
+    """A new study, or that of the search that goes on; with `sampler = "grid"` its trials wait in it."""
     search = program.settings.search
+    goes_on = (program.run_dir / FACTS).exists()
+    program.run_dir.mkdir(parents=True, exist_ok=True)
+    where = search.storage or str((program.run_dir / "study.db").absolute())
     try:
         study = optuna.create_study(
-            storage=storage(search.storage),
-            study_name=search.study,
+            storage=storage(where),
+            study_name=search.study or "search",
+            load_if_exists=goes_on,
             direction=program.settings.direction,
             sampler=program.sampler,
             pruner=program.pruner,
         )
     except optuna.exceptions.DuplicatedStudyError:
-        raise SettingsError(
-            f"`search.study`: {search.storage} already has a study {search.study}; take another name."
-        ) from None
+        raise SettingsError(f"`search.study`: {where} already has a study {search.study}; take another name.") from None
     except Exception as error:  # every storage has its own kinds of errors
-        raise SettingsError(f"`search.storage`: {search.storage} cannot be opened: {first_line(error)}") from error
-    if search.sampler.name == "grid":
+        raise SettingsError(f"`search.storage`: {where} cannot be opened: {first_line(error)}") from error
+    if search.sampler.name == "grid" and not study.get_trials(deepcopy=False):
         for point in program.space.grid():
             study.enqueue_trial(point.params)
+    (program.run_dir / FACTS).write_text(dumps(program.facts, indent=2) + "\n", encoding="utf-8")
     return study
+
+
+def _facts(settings: Settings) -> dict[str, Any]:
+    """What is searched, by key; how long it may take is no part of that."""
+    facts: dict[str, Any] = {}
+    for table, value in settings.model_dump(mode="json").items():
+        entries = value.items() if isinstance(value, dict) else [("", value)]
+        facts.update({f"{table}.{key}".rstrip("."): inner for key, inner in entries})
+    free = ("search.n_trials", "search.slots", "search.timeout_s", "output.dir", "output.mlflow")
+    plain: dict[str, Any] = json.loads(dumps({key: value for key, value in facts.items() if key not in free}))
+    return plain
 
 
 def build_sampler(settings: Settings) -> optuna.samplers.BaseSampler:

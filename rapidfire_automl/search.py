@@ -8,18 +8,16 @@ from __future__ import annotations
 import logging
 import math
 import os
-import threading
-import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
-from typing import TYPE_CHECKING, Any, Protocol, Self
+from typing import TYPE_CHECKING, Any, Protocol
 
 from optuna.study import StudyDirection
 
 from rapidfire_automl.events import Event, Listener
+from rapidfire_automl.journal import FILE, Journal
 from rapidfire_automl.jsonable import dumps, jsonable
 from rapidfire_automl.rankings import generates, rank
 from rapidfire_automl.versions import installed
@@ -103,6 +101,19 @@ class SearchResult:
     run_dir: Path
     summary: dict[str, Any]
 
+    def why(self, trial: int) -> str:
+        """Why a trial stopped, or how it stands, and what it would have taken to go on; a sentence or two.
+
+        Args:
+            trial: Its number.
+
+        Raises:
+            ValueError: The run folder is gone, or knows no such trial.
+        """
+        from rapidfire_automl.stories import why
+
+        return why(trial, self.run_dir)
+
 
 class SearchFailed(RuntimeError):
     """Every trial failed. The run folder is written all the same; `result` is what stands in it."""
@@ -168,7 +179,8 @@ def run_search(
     before = set(executor.records)
     tracker = _mlflow(mlflow_experiment, run_dir)
     maximize = study.direction is StudyDirection.MAXIMIZE
-    with _Journal(run_dir / "events.jsonl", [*([tracker] if tracker else []), *listeners]) as journal:
+    with Journal(run_dir / FILE, [*([tracker] if tracker else []), *listeners]) as journal:
+        journal(_started(executor, study, n_trials))
         executor.add_listener(journal)
         with executor if own else nullcontext():
             status = "crashed"
@@ -178,6 +190,7 @@ def run_search(
                 status = "interrupted"
                 raise
             finally:
+                journal(Event("search_ended", journal.elapsed_s, data={"status": status}))
                 records = {n: r for n, r in sorted(executor.records.items()) if n not in before}
                 result = _result(executor, records, journal, run_dir, status, maximize, facts or {})
                 _write(result, executor, records, journal.chunk_ends_s)
@@ -214,43 +227,10 @@ def _optimize(
     return "failed" if all_failed() else "complete"
 
 
-class _Journal:
-    """The listener that keeps `events.jsonl`, and what only events tell, and passes every event on."""
-
-    def __init__(self, path: Path, listeners: Iterable[Listener]) -> None:
-        self._file = path.open("a", encoding="utf-8")
-        self._listeners = tuple(listeners)
-        self._lock = threading.Lock()
-        self.start_s = time.monotonic()
-        self.first_verdict_s: float | None = None
-        self.chunk_ends_s: dict[int, list[float]] = {}
-
-    def __call__(self, event: Event) -> None:
-        """Write the event down and pass it on; an event that comes after the end is dropped."""
-        with self._lock:
-            if self._file.closed:
-                return
-            if event.kind == "verdict" and self.first_verdict_s is None:
-                self.first_verdict_s = self.elapsed_s
-            if event.kind == "chunk_done" and event.trial is not None:
-                self.chunk_ends_s.setdefault(event.trial, []).append(event.time_s)
-            self._file.write(dumps(event) + "\n")
-            self._file.flush()
-            for listener in self._listeners:
-                listener(event)
-
-    @property
-    def elapsed_s(self) -> float:
-        return time.monotonic() - self.start_s
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        with self._lock:
-            self._file.close()
+def _started(executor: Executor, study: optuna.Study, n_trials: int) -> Event:
+    """What a reader of the events has to know about all that follow."""
+    about = {"study": study.study_name, "direction": study.direction.name.lower(), "n_trials": n_trials}
+    return Event("search_started", 0.0, data={**about, "chunks": executor.chunks, "slots": executor.slots})
 
 
 def best_trial(records: Mapping[int, TrialRecord], *, maximize: bool) -> int | None:
@@ -268,7 +248,7 @@ def best_trial(records: Mapping[int, TrialRecord], *, maximize: bool) -> int | N
 def _result(
     executor: Executor,
     records: Mapping[int, TrialRecord],
-    journal: _Journal,
+    journal: Journal,
     run_dir: Path,
     status: str,
     maximize: bool,

@@ -120,7 +120,8 @@ def conducted(table: NDArray[np.float64], policy: Policy, slots: int, most: int)
         state = TrialState.COMPLETE
         try:
             for k in range(chunks):
-                decision = conductor.submit(arm, Boundary(k + 1, (float(table[arm.number, k]),), [0.0], {}))
+                referee.record(arm, (float(table[arm.number, k]),), [0.0], {})
+                decision = conductor.submit(arm, Boundary(k + 1))
                 if decision.verdict in (S, D):
                     state = TrialState.STOPPED if decision.verdict is S else TrialState.COMPLETE
                     break

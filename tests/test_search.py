@@ -69,6 +69,21 @@ def test_events_are_kept_and_passed_on(tmp_path: Path) -> None:
     lines = strict_lines(tmp_path / "events.jsonl")
     assert len(lines) == 2 * len(heard)
     assert [line["kind"] for line in lines[: len(heard)]] == [event.kind for event in heard]
+    assert [line["seq"] for line in lines] == list(range(1, len(lines) + 1))
+    assert (heard[0].kind, heard[-1].kind) == ("search_started", "search_ended")
+    assert heard[0].data | {"study": ""} == {
+        "study": "", "direction": "minimize", "n_trials": 12, "chunks": 8, "slots": 8,
+    }  # fmt: skip
+    assert heard[-1].data == {"status": "complete"}
+
+
+def test_a_result_says_why(tmp_path: Path) -> None:
+    values = {0: [0.5, 0.4], 1: [0.3, 0.2], 2: [0.9, 0.9], 3: [0.8, 0.8]}
+    result = search(tmp_path, FakeExecutor(4, 2, values=values), n_trials=4)
+    assert result.why(1) == "Trial 1 is complete after chunk 2 of 2 at 0.2, 1st of 2 complete trials."
+    assert result.why(2).startswith("Trial 2 was stopped after chunk 1 of 2 at 0.9: ")
+    with pytest.raises(ValueError, match=r"`trial` must be one that has started \(0 to 3\), got 4"):
+        result.why(4)
 
 
 def test_not_finite_is_never_the_best_and_never_breaks_json(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""The command line: `rapidfire-automl run search.toml`, `demo`, `doctor`, `version`."""
+"""The command line: `rapidfire-automl run search.toml`, `demo`, `doctor`, `why`, `version`."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from rapidfire_automl.cli.demo import demo
 from rapidfire_automl.cli.demo_grpo import demo_grpo
 from rapidfire_automl.cli.doctor import doctor
 from rapidfire_automl.cli.run import run
+from rapidfire_automl.cli.why import why
 
 app = typer.Typer(
     name="rapidfire-automl",
@@ -21,6 +22,7 @@ app.command()(run)
 app.command()(demo)
 app.command()(demo_grpo)
 app.command()(doctor)
+app.command()(why)
 
 
 @app.command()

@@ -76,6 +76,7 @@ class Asking:
         n_trials: How many to ask for.
         start: Makes an arm of a trial and starts its thread, which waits for the baton.
         timeout_s: No trial is asked for after so many seconds.
+        before: Called with how many of them were asked for, before the next one is.
     """
 
     def __init__(
@@ -84,9 +85,12 @@ class Asking:
         n_trials: int,
         start: Callable[[optuna.Trial], Arm],
         timeout_s: float | None,
+        before: Callable[[int], None] = lambda asked: None,
     ) -> None:
         self._study = study
         self._left = n_trials
+        self._asked = 0
+        self._before = before
         self._start = start
         self._deadline = None if timeout_s is None else time.monotonic() + timeout_s
 
@@ -95,6 +99,8 @@ class Asking:
         arms: list[Arm] = []
         while free > len(arms) and not self.closed:
             self._left -= 1
+            self._before(self._asked)
+            self._asked += 1
             arms.append(self._start(self._study.ask()))
         return arms
 

@@ -13,9 +13,11 @@ from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCall
 from transformers.trainer_callback import TrainerControl, TrainerState
 from transformers.training_args import TrainingArguments
 
+from rapidfire_automl import failpoints
 from rapidfire_automl.chunks import chunk_boundaries, generation_boundaries
 from rapidfire_automl.executor import seams
 from rapidfire_automl.executor.arm import Arm
+from rapidfire_automl.executor.checkpoints import Snapshot
 from rapidfire_automl.executor.context import generators_of_its_own
 from rapidfire_automl.executor.evaluation import Evaluator
 from rapidfire_automl.executor.requests import Boundary, Pace
@@ -38,6 +40,9 @@ class Host:
         chunks: Of a whole trial.
         seed: Of the evaluation's generator.
         tell: Emits an event.
+        record: Takes down what a chunk has come to.
+        durable: Whether trials are to survive the process.
+        save: Puts an arm's state on disk.
         measure_base: Whether this arm is to measure the untrained base: the first, or the next if that fails.
         keep_base: Takes what it measured, or None if it failed.
         check: Raises if the base's tensors were touched, or the arm's were replaced.
@@ -54,6 +59,9 @@ class Host:
     chunks: int
     seed: int
     tell: Callable[..., None]
+    record: Callable[[Arm, tuple[float, ...], Any, Mapping[str, float]], None]
+    durable: Callable[[], bool]
+    save: Callable[[Arm, Trainer, Snapshot], None]
     measure_base: Callable[[], bool]
     keep_base: Callable[[Any], None]
     check: Callable[[Arm], None]
@@ -73,6 +81,7 @@ class ChunkCallback(TrainerCallback):
         self._arm = arm
         self._trainer = trainer
         self._host = host
+        self.durable: seams.Durable | None = None
         self._due = False
         self._logged = 0
         self.step_begins = False
@@ -82,16 +91,20 @@ class ChunkCallback(TrainerCallback):
     ) -> None:
         """Cut the trial's own stream into chunks."""
         arm, host = self._arm, self._host
-        arm.record.boundaries = list(_boundaries(self._trainer, state.max_steps, host.chunks))
+        boundaries = list(_boundaries(self._trainer, state.max_steps, host.chunks))
+        if arm.record.boundaries and boundaries != arm.record.boundaries:
+            raise ValueError(f"its chunks ended at steps {arm.record.boundaries}, now they would at {boundaries}")
+        arm.record.boundaries = boundaries
         arm.step = state.global_step
         host.tell(
-            "trial_started",
+            "trial_resumed" if arm.restored is not None else "trial_started",
             arm,
             params=dict(arm.record.params),
             trainer=arm.record.trainer,
             max_steps=state.max_steps,
             boundaries=list(arm.record.boundaries),
             fused=arm.record.fused,
+            **({} if arm.restored is None else {"attempt": arm.restored.attempt}),
         )
         if host.measure_base():
             measured = None
@@ -123,10 +136,11 @@ class ChunkCallback(TrainerCallback):
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Notice a boundary."""
+        failpoints.hit("step")
         arm, host, record = self._arm, self._host, self._arm.record
         arm.abandon_passes()
         arm.step = state.global_step
-        done = len(record.values)
+        done = arm.trained
         host.tell("step", arm, step=state.global_step, max_steps=state.max_steps)
         if done >= len(record.boundaries) or state.global_step < record.boundaries[done]:
             return
@@ -145,7 +159,7 @@ class ChunkCallback(TrainerCallback):
         self._close_chunk(state, control)
 
     def _close_chunk(self, state: TrainerState, control: TrainerControl) -> None:
-        """Where a boundary is due: evaluate, report, wait."""
+        """Where a boundary is due: evaluate, record, save, wait; what was judged in an earlier process is not again."""
         if not self._due:
             return
         self._due = False
@@ -155,12 +169,23 @@ class ChunkCallback(TrainerCallback):
             arm.walks.refresh()
         flags = dict(vars(control))
         metrics = _means(state.log_history[self._logged :])
-        with generators_of_its_own(host.seed):
-            measured = host.evaluator.measure(self._trainer, minimize=arm.minimize)
-        vars(control).update(flags)  # a metric that calls `trainer.evaluate()` would swallow this step's log
+        arm.trained = chunk = arm.trained + 1
+        known = chunk <= len(arm.record.values)  # reported before a kill; its checkpoint was lost, and maybe its scores
+        if not known or not len(arm.record.scores[chunk - 1]):
+            with generators_of_its_own(host.seed):
+                measured = host.evaluator.measure(self._trainer, minimize=arm.minimize)
+            vars(control).update(flags)  # a metric that calls `trainer.evaluate()` would swallow this step's log
+            if known:
+                arm.record.scores[chunk - 1] = measured.scores
+            else:
+                host.record(arm, measured.vector, measured.scores, metrics)
         self._logged = len(state.log_history)
-        boundary = Boundary(len(arm.record.values) + 1, measured.vector, measured.scores, metrics)
-        decision = host.submit(arm, boundary)
+        if self.durable is not None:
+            host.save(arm, self._trainer, self.durable.capture())
+        if chunk > arm.judged:
+            decision = host.submit(arm, Boundary(chunk))
+        else:
+            decision = arm.final if chunk == arm.judged else None
         if isinstance(decision, Decision) and decision.verdict in (Verdict.STOP, Verdict.COMPLETE):
             control.should_training_stop = True
             if state.global_step < state.max_steps:
@@ -202,9 +227,11 @@ def train(arm: Arm, trainer: Any, host: Host) -> None:
         joint_rollouts=host.joint_rollouts,
     )
     arm.walks = CheapWalks(model)
+    if host.durable() and not seams.why_not_durable(trainer):
+        callback.durable = seams.Durable(trainer)
     seam.open()
     try:
-        trainer.train()
+        _train(arm, trainer, callback.durable, host)
     finally:
         seam.close()
         arm.walks.close()
@@ -212,6 +239,22 @@ def train(arm: Arm, trainer: Any, host: Host) -> None:
         host.part(arm)
     for note in seam.notes:
         logger.info("Trial %d: %s.", arm.number, note)
+
+
+def _train(arm: Arm, trainer: Trainer, durable: seams.Durable | None, host: Host) -> None:
+    """Train from the start, or from where an earlier process has left off."""
+    snapshot = None if arm.restored is None else arm.restored.snapshot
+    if durable is None or snapshot is None:
+        trainer.train() if durable is None else durable.train()
+        return
+    # What was trained and not judged is judged first; a verdict on a paused trial is known.
+    decision = arm.answer
+    if arm.trained > arm.judged:
+        decision = host.submit(arm, Boundary(arm.trained))
+    if not isinstance(decision, Decision) or decision.verdict not in (Verdict.STOP, Verdict.COMPLETE):
+        durable.train(snapshot)
+    elif decision.verdict is Verdict.COMPLETE:
+        durable.put(snapshot)
 
 
 def save(arm: Arm, model: PeftModel, folder: Path) -> None:

@@ -7,6 +7,8 @@ What is relied on, and what happens when it is not so (a line in `Seam.notes`, a
 - `trainer.accelerator.backward` ends every backward -> checked at every step;
 - transformers' `generate` takes a decoding method (`custom_generate`) -> rollouts of our own agree with the model's
   forward, which is checked before the first one, or else each trial decodes by itself;
+- `Trainer`'s loop loads through methods of its own (`_load_...`) and keeps its counters on the instance -> else a
+  trainer can't be captured, and `why_not_durable` says so;
 - plain LoRA layers hold `lora_A`, `lora_B`, `scaling`, `lora_dropout` by adapter name -> else unfused.
 """
 
@@ -28,6 +30,7 @@ from rapidfire_automl.executor.seams.clones import (
     shared_head,
     why_unfusable_base,
 )
+from rapidfire_automl.executor.seams.durable import Durable, why_not_durable
 from rapidfire_automl.executor.seams.rewards import (
     has_rollouts,
     sample_rewards,
@@ -37,8 +40,11 @@ from rapidfire_automl.executor.seams.rewards import (
 )
 from rapidfire_automl.executor.seams.selfcheck import Probe, check_rollouts, is_half, is_out_of_memory, self_check
 from rapidfire_automl.executor.seams.trainer import Seam, autocast_dtype, fused_head_settings
+from rapidfire_automl.executor.seams.weights import AdapterWeights, put_optimizer
 
 __all__ = [
+    "AdapterWeights",
+    "Durable",
     "Probe",
     "Seam",
     "adapter_model",
@@ -54,6 +60,7 @@ __all__ = [
     "is_half",
     "is_out_of_memory",
     "keep_head_contiguous",
+    "put_optimizer",
     "refuse",
     "sample_rewards",
     "sampling_as",
@@ -61,6 +68,7 @@ __all__ = [
     "share_clone",
     "shared_head",
     "why_no_rewards",
+    "why_not_durable",
     "why_refused",
     "why_unfusable_args",
     "why_unfusable_base",
