@@ -44,13 +44,13 @@ def _history(trial: optuna.trial.BaseTrial | FrozenTrial) -> list[int]:
 
 
 def label(study: optuna.Study, trial: optuna.Trial) -> int:
-    """Give a new trial the number after those of all others, whatever number of attempts those took.
+    """Give a trial its place among first attempts as its number, so that further attempts at others leave no gaps.
 
     Returns:
         Its number; Optuna's own in a study without second attempts.
     """
-    others = [number_of(other) for other in study.get_trials(deepcopy=False) if other.number != trial.number]
-    number = 1 + max(others, default=-1)
+    others = [other for other in study.get_trials(deepcopy=False) if other.number < trial.number]
+    number = sum(not _history(other) for other in others)
     if number != trial.number and not _history(trial):
         trial.set_user_attr(NUMBER_ATTR, number)
     return number_of(trial)

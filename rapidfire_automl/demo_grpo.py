@@ -13,6 +13,7 @@ from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from rapidfire_automl.attempts import number_of
 from rapidfire_automl.demo import base_path
 from rapidfire_automl.events import Listener
 from rapidfire_automl.group_sizes import Worth, as_facts, compare
@@ -170,7 +171,7 @@ def build_objective(
                 gradient_checkpointing=False,
                 seed=sweep.seed,
                 use_cpu=not torch.accelerator.is_available(),
-                output_dir=str(run_dir / "trials" / str(trial.number)),
+                output_dir=str(run_dir / "trials" / str(number_of(trial))),
                 save_strategy="no",
                 report_to="none",
                 disable_tqdm=True,

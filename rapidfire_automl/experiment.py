@@ -16,6 +16,7 @@ from typing import Any, Self
 import optuna
 from optuna.study import StudyDirection
 
+from rapidfire_automl.attempts import number_of
 from rapidfire_automl.bases import CreateModel, load_model, make_executor
 from rapidfire_automl.events import Listener
 from rapidfire_automl.fit_checks import check_data, check_search, eval_sampling_of
@@ -304,7 +305,7 @@ class Experiment:
             @executor.objective
             def objective(trial: optuna.Trial) -> Any:
                 def add(step: int, logged: Mapping[str, Any]) -> None:
-                    found.logs.setdefault((trial.number, step), {}).update(logged)
+                    found.logs.setdefault((number_of(trial), step), {}).update(logged)
 
                 return build_trainer(
                     search.space.suggest(trial),
@@ -312,7 +313,7 @@ class Experiment:
                     model=executor.model(trial),
                     tokenizer=executor.tokenizer,
                     data=data,
-                    output_dir=run_dir / "trials" / str(trial.number),
+                    output_dir=run_dir / "trials" / str(number_of(trial)),
                     seed=seed,
                     logs=Logs(add),
                 )

@@ -18,6 +18,7 @@ import optuna
 
 from rapidfire_automl import rl
 from rapidfire_automl import space as spaces
+from rapidfire_automl.attempts import number_of
 from rapidfire_automl.data import check_files, load_data
 from rapidfire_automl.events import Listener
 from rapidfire_automl.fields import TRAINERS, args_defaults, check_fields, eval_sampling
@@ -180,7 +181,7 @@ def build_objective(program: Program, executor: Any) -> Callable[[optuna.Trial],
         from transformers.trainer_callback import PrinterCallback
 
         choice = program.space.suggest(trial)
-        args = _with_defaults(choice["args"], settings, program.run_dir / "trials" / str(trial.number))
+        args = _with_defaults(choice["args"], settings, program.run_dir / "trials" / str(number_of(trial)))
         trainer = getattr(trl, trainer_name)(
             model=executor.model(trial),
             peft_config=LoraConfig(**{"task_type": "CAUSAL_LM", **choice["lora"]}),

@@ -90,3 +90,18 @@ def test_the_storages_own_retry_is_an_attempt_too(study: optuna.Study) -> None:
     waiting = attempts.retry(study, frozen(study, 1))
     assert waiting is not None
     assert (attempts.number_of(waiting), attempts.attempt_of(waiting)) == (0, 3)
+
+
+def test_later_trials_are_numbered_as_if_there_had_been_one_attempt_at_each(study: optuna.Study) -> None:
+    begin(study)
+    study.enqueue_trial({"learning_rate": 1e-3, "r": 4})
+    study.enqueue_trial({"learning_rate": 1e-4, "r": 4})
+    assert attempts.label(study, study.ask()) == 1
+    for number in (0, 1):
+        waiting = attempts.retry(study, frozen(study, number))
+        assert waiting is not None
+        assert attempts.take(study, waiting) is not None
+    queued, new = study.ask(), study.ask()
+    assert [attempts.label(study, trial) for trial in (queued, new)] == [2, 3]
+    assert (queued.number, new.number) == (2, 5)
+    assert list(attempts.last_attempts(study)) == [0, 1, 2, 3]

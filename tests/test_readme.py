@@ -81,3 +81,19 @@ def test_the_numbers_of_speed_are_those_that_were_measured() -> None:
     compared = json.loads((ROOT / "experiments" / "demo_compare" / "results.json").read_text(encoding="utf-8"))
     wall_s = [f"{compared[side]['wall_s']:.0f} s" for side in ("ours", "serial")]
     assert f"took {wall_s[0]}, plain TRL {wall_s[1]}" in " ".join(text.split())
+
+
+def test_the_numbers_of_rollouts_are_those_that_were_measured() -> None:
+    from experiments.rollouts.figure import rows
+
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    folder = ROOT / "experiments" / "rollouts"
+    results = json.loads((folder / "results.json").read_text(encoding="utf-8"))
+    assert "\n".join(rows(results, "smollm2-135m")) in text
+    found = json.loads((folder / "sweep.json").read_text(encoding="utf-8"))["comparison"]
+    savings = [seed["saving"] for seed in found["seeds"]]
+    said = f"generates {min(savings):.1f} to {max(savings):.1f} times fewer tokens"
+    lower = f"that is {-found['mean_difference']:.3f} lower on average"
+    assert said in " ".join(text.split())
+    assert lower in " ".join(text.split())
+    assert all(low <= 0 <= high for low, high in (seed["interval"] for seed in found["seeds"]))

@@ -94,9 +94,9 @@ def test_search(folder: Path, trainer: str) -> None:
     assert len(summary["trials"]) == 6
     assert summary["best_value"] < summary["base_value"]
     assert summary["chunks_used"] < summary["chunks_if_all_ran"] == 24
-    assert {"events.jsonl", "summary.json", "plan.json", "curves.png", "timeline.png", "trials"} == {
-        path.name for path in (folder / "out").iterdir()
-    }
+    results = {"events.jsonl", "summary.json", "plan.json", "curves.png", "timeline.png", "trials"}
+    to_go_on = {"base", "journal.jsonl", "lock", "search.json", "study.db"}
+    assert results | to_go_on == {path.name for path in (folder / "out").iterdir()}
     # Nothing but our own lines: the libraries are quiet.
     assert all(line.startswith((" ", trainer.upper())) for line in done.stderr.splitlines() if line), done.stderr
 
@@ -106,15 +106,20 @@ def test_search(folder: Path, trainer: str) -> None:
     model = AutoModelForCausalLM.from_pretrained(folder / "base")
     assert PeftModel.from_pretrained(model, summary["best_adapter"]).peft_config["default"].r in (2, 4)
 
-    again = subprocess.run(
-        [*words, "--out", str(folder / "again")],
-        capture_output=True,
-        text=True,
-        env=ENVIRONMENT,
-        cwd=folder,
-        check=True,
-    )
-    assert json.loads(again.stdout)["values"] == summary["values"]
+    # The same file again is the same search; killed in the middle and run again, too.
+    elsewhere = [*words, "--out", str(folder / "again")]
+    kill = {**ENVIRONMENT, "RAPIDFIRE_FAILPOINTS": "round.judged=kill@3"}
+    killed = subprocess.run(elsewhere, capture_output=True, text=True, env=kill, cwd=folder, check=False)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    again = subprocess.run(elsewhere, capture_output=True, text=True, env=ENVIRONMENT, cwd=folder, check=True)
+    found = json.loads(again.stdout)
+    assert found["values"].keys() == summary["values"].keys()
+    for number, values in summary["values"].items():
+        assert found["values"][number] == pytest.approx(values, rel=1e-5), number
+    assert '"search_resumed"' in (folder / "again" / "events.jsonl").read_text()
+    over = subprocess.run(elsewhere, capture_output=True, text=True, env=ENVIRONMENT, cwd=folder, check=False)
+    assert over.returncode == 2
+    assert "already holds a search" in over.stderr
 
 
 def test_ctrl_c_ends_within_seconds_and_keeps_what_is_done(folder: Path) -> None:
