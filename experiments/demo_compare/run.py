@@ -138,7 +138,7 @@ def _serial(
         "configurations": given.trials, "wall_s": None, "estimated_wall_s": None, "best_trial": None,
         "best_value": None, "peak_bytes": None, "trials": [],
     }  # fmt: skip
-    maximize = settings.search.direction == "maximize"
+    maximize = settings.direction == "maximize"
     deadline = None if given.time_limit is None else time.monotonic() + given.time_limit
     arguments = (_into(settings, folder / "serial"), data_folder, [t["params"] for t in ours] if same else [], count)
     with process(search_serially, *arguments, given.chunk_evals) as pipe:
@@ -165,7 +165,7 @@ def _serial(
 
 
 def _into(settings: Settings, folder: Path) -> Settings:
-    return Settings.model_validate(apply_override(settings.model_dump(exclude_none=True), f"output.dir='{folder}'"))
+    return Settings.model_validate(apply_override(settings.model_dump(exclude_defaults=True), f"output.dir='{folder}'"))
 
 
 def _without_paths(settings: Settings) -> dict[str, Any]:

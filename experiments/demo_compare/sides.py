@@ -89,10 +89,10 @@ def search_serially(
     _quiet()
     program = programs.prepare(settings, folder)
     evaluator = Evaluator(program.metric, settings.search.eval_batch_size)
-    study = optuna.create_study(direction=settings.search.direction, sampler=program.sampler)
+    study = optuna.create_study(direction=settings.direction, sampler=program.sampler)
     for configuration in configurations:
         study.enqueue_trial(dict(configuration))
-    minimize = settings.search.direction == "minimize"
+    minimize = settings.direction == "minimize"
     plain = Plain(settings)
     build = programs.build_objective(program, plain)
     born_s = time.perf_counter()
