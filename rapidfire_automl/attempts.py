@@ -9,7 +9,6 @@ for the policy: that of its first attempt, or what `label` has given it, since O
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
 
 import optuna
 from optuna.trial import FrozenTrial
@@ -62,11 +61,6 @@ def last_attempts(study: optuna.Study) -> dict[int, FrozenTrial]:
     for trial in study.get_trials(deepcopy=False):
         last[number_of(trial)] = trial
     return dict(sorted(last.items()))
-
-
-def finished(study: optuna.Study) -> Sequence[FrozenTrial]:
-    """The last attempt at each trial that has ended."""
-    return [trial for trial in last_attempts(study).values() if trial.state.is_finished()]
 
 
 def retry(study: optuna.Study, trial: FrozenTrial) -> FrozenTrial | None:

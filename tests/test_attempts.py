@@ -55,7 +55,7 @@ def test_a_new_attempt_has_all_of_the_old_one(study: optuna.Study) -> None:
     last = attempts.last_attempts(study)
     assert {number: trial.number for number, trial in last.items()} == {0: 2, 1: 1}
     assert frozen(study, 0).state is TrialState.FAIL
-    assert [attempts.number_of(trial) for trial in attempts.finished(study)] == [0]
+    assert [number for number, trial in last.items() if trial.state.is_finished()] == [0]
 
 
 def test_a_third_attempt_is_still_the_first_trial(study: optuna.Study) -> None:

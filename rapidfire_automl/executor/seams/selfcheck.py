@@ -62,8 +62,7 @@ def self_check(multiplexer: Any, bank: Any, model: PreTrainedModel) -> str:
                 with own.disable_adapter():
                     effect = (decoder(input_ids=ids, use_cache=False).last_hidden_state - expected).norm()
                 own_scores = own.get_base_model()(input_ids=ids).logits.float().log_softmax(-1)
-            probe.row = bank.add(sites)
-            multiplexer.wrap(sites)
+            _join(probe, multiplexer, bank)
             request = Forward(ids, None, None, grad=False, autocast=None, checkpointing=False, adapter=True)
             parts, _ = multiplexer.forward([(probe, request)])
             got = parts[0].leaves["hidden"]
@@ -77,12 +76,23 @@ def self_check(multiplexer: Any, bank: Any, model: PreTrainedModel) -> str:
         except Exception as error:
             return f"{type(error).__name__}: {error}"
         finally:
-            if probe.row >= 0:
-                bank.remove(probe.row)
-                bank.reset()
+            _part(probe, bank)
         wrong = float((got - expected).norm() / effect)
         tolerance = 0.3 if is_half(got) else 1e-3
         return "" if wrong <= tolerance else f"hidden states are off by {wrong:.1e} of what the adapter does"
+
+
+def _join(probe: Probe, multiplexer: Any, bank: Any) -> None:
+    """Give a probe a row in the bank."""
+    probe.row = bank.add(probe.sites)
+    multiplexer.wrap(probe.sites)
+
+
+def _part(probe: Probe, bank: Any) -> None:
+    """Take it back."""
+    if probe.row >= 0:
+        bank.remove(probe.row)
+        bank.reset()
 
 
 def check_rollouts(multiplexer: Any, bank: Any, model: PreTrainedModel) -> str:
@@ -103,8 +113,7 @@ def check_rollouts(multiplexer: Any, bank: Any, model: PreTrainedModel) -> str:
         try:
             for site in sites.values():
                 site.b.mul_(0.1)
-            probe.row = bank.add(sites)
-            multiplexer.wrap(sites)
+            _join(probe, multiplexer, bank)
             greedy = Generate(
                 input_ids=ids,
                 attention_mask=mask,
@@ -132,9 +141,7 @@ def check_rollouts(multiplexer: Any, bank: Any, model: PreTrainedModel) -> str:
         except Exception as error:
             return f"{type(error).__name__}: {error}"
         finally:
-            if probe.row >= 0:
-                bank.remove(probe.row)
-                bank.reset()
+            _part(probe, bank)
         wrong = float((got - expected).norm() / effect)
         tolerance = 0.3 if model.dtype in (torch.bfloat16, torch.float16) else 1e-3
         return "" if wrong <= tolerance else f"logits are off by {wrong:.1e} of what the adapter does"
