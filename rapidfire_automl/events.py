@@ -22,6 +22,8 @@ class Event:
     - `verdict`: `verdict`, `reason`. Also for paused trials that resume.
     - `trial_ended`: `state` ("complete", "pruned", "failed"), `value`, `reason`, `adapter` (path or None).
     - `out_of_memory`: `budget_tokens` (the new one).
+    - `command`: `id`, `verb`, `of` (the trial it is about, or None), `arguments`, `source`, `sent_s` (seconds since
+      1970), `effect` ("applied" or "refused"), `text`. Somebody has stepped in; told when it has taken effect.
     - `warning`: `message`.
 
     Args:

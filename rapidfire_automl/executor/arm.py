@@ -22,6 +22,10 @@ class Leave(BaseException):
     """Raised in a trial's thread when the search ends; no `except Exception` of a user's catches it."""
 
 
+class Halt(BaseException):
+    """Raised in a trial's thread when somebody stops it in the middle of a chunk."""
+
+
 @dataclass(eq=False)
 class Arm:
     """A trial and where it stands.
@@ -53,6 +57,9 @@ class Arm:
     span_start_s: float = 0.0
     go: threading.Event = field(default_factory=threading.Event)
     decision: Decision | None = None
+    trainer: Any = None
+    ruling: Decision | None = None
+    """What a person has decided: PAUSE until further notice, CONTINUE until it has a slot again, STOP for good."""
 
     @property
     def number(self) -> int:

@@ -22,12 +22,14 @@ from numpy.typing import NDArray
 from optuna.study import StudyDirection
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from rapidfire_automl.control import Command, Controls, Sent
 from rapidfire_automl.events import Event, Listener
 from rapidfire_automl.executor import rounds, seams
 from rapidfire_automl.executor.arguments import check as check_arguments
 from rapidfire_automl.executor.arguments import check_search
 from rapidfire_automl.executor.arm import Arm
 from rapidfire_automl.executor.base import Base
+from rapidfire_automl.executor.commands import Commands
 from rapidfire_automl.executor.conductor import Conductor
 from rapidfire_automl.executor.context import TrialContext
 from rapidfire_automl.executor.evaluation import Evaluator, Measured, Metric
@@ -36,6 +38,7 @@ from rapidfire_automl.executor.loading import ModelLike, load_base, load_tokeniz
 from rapidfire_automl.executor.planner import plan_for
 from rapidfire_automl.executor.runner import Builder, Outcome, Runner
 from rapidfire_automl.executor.sources import Arrivals, Asking
+from rapidfire_automl.mailboxes import Mailbox
 from rapidfire_automl.memory import give_back
 from rapidfire_automl.plan import Plan
 from rapidfire_automl.records import TrialRecord
@@ -45,7 +48,7 @@ from rapidfire_policies.base import TrialState
 logger = logging.getLogger("rapidfire_automl")
 
 
-class RapidFireExecutor:
+class RapidFireExecutor(Controls):
     """Trains all live trials of a study together, chunk by chunk, as adapters on one shared frozen base.
 
     Args:
@@ -136,6 +139,8 @@ class RapidFireExecutor:
         self._listeners = list(listeners)
         self._records: dict[int, TrialRecord] = {}
         self._referee = rounds.Referee(self._records, chunks, slots, self._tell, cost)
+        self._commands = Commands(self._records, chunks, self._tell, self._end)
+        self._study: optuna.Study | None = None
         self._base: Base | None = None
         self._conductor: Conductor | None = None
         self._runner: Runner | None = None
@@ -306,11 +311,25 @@ class RapidFireExecutor:
         if mine and len(failed) == len(mine) and not self._stopping:
             raise RuntimeError(f"All {len(mine)} trials failed. Trial {failed[0]}: {self._records[failed[0]].error}")
 
-    def stop(self) -> None:
-        """End the search at the next safe point; finished trials are kept, running ones fail as stopped."""
-        self._stopping = True
-        if self._conductor is not None:
-            self._conductor.cancel()
+    def stop(self, trial: int | None = None) -> Sent | None:  # type: ignore[override]
+        """Prune a trial at its next step; without one, end the search as `cancel` does.
+
+        Args:
+            trial: Its number.
+        """
+        if trial is not None:
+            return super().stop(trial)
+        self._end()
+        return None
+
+    @property
+    def cancelled(self) -> bool:
+        """Whether the last search was ended by `cancel` or `stop()`."""
+        return self._stopping
+
+    def add_mailbox(self, mailbox: Mailbox) -> None:
+        """Take commands from one more place in the next search."""
+        self._commands.add_mailbox(mailbox)
 
     def explain(self) -> str:
         """What the planner chose and why, and what the joint passes did so far."""
@@ -366,7 +385,9 @@ class RapidFireExecutor:
                     self._plan = plan_for(self._base, self.slots)
                 plan = self._plan
                 self._base.multiplexer.use(plan)
-                self._conductor = Conductor(self.slots, self.n_jobs, plan, self._referee, self._tell, self._clock)
+                self._conductor = Conductor(
+                    self.slots, self.n_jobs, plan, self._referee, self._tell, self._clock, self._commands
+                )
                 self._conductor.multiplexer = self._base.multiplexer
                 self._runner = Runner(
                     self._base,
@@ -379,6 +400,7 @@ class RapidFireExecutor:
                     None if isinstance(self._model_like, PreTrainedModel) else self._load_base,
                     self._keep_base,
                     self._abort,
+                    self._commands.warm_start,
                 )
                 logger.info("Plan: %s", plan.reason)
                 self._tell(
@@ -399,6 +421,8 @@ class RapidFireExecutor:
     def _conduct(self, source: Arrivals | Asking, retire: Callable[[Arm], None]) -> None:
         conductor = self._conductor
         assert conductor is not None
+        assert self._study is not None
+        self._commands.begin(self._study, source)
 
         def body() -> None:
             home = TrialContext.capture()
@@ -410,6 +434,7 @@ class RapidFireExecutor:
                 conductor.run(source, retire, home)
             finally:
                 home.enter()
+                self._commands.end("the search was cancelled" if self._stopping else "the search has ended")
                 self._finished.set()
 
         self._finished.clear()
@@ -434,7 +459,10 @@ class RapidFireExecutor:
         """Take a study; what is known of another's trials is forgotten, since numbers start anew."""
         self._evaluator.check_objectives(len(study.directions))
         with self._opening:
+            self._study = study
             if study.study_name != self._study_name:
+                if self._arrivals is not None:
+                    self._commands.begin(study, self._arrivals)
                 self._study_name = study.study_name
                 self._records.clear()
                 self._referee.begin(study)
@@ -447,6 +475,14 @@ class RapidFireExecutor:
 
     def _keep_base(self, measured: Measured) -> None:
         self.base_value, self.base_vector, self.base_scores = measured.value, measured.vector, measured.scores
+
+    def _send(self, command: Command) -> Sent:
+        return self._commands.send(command)
+
+    def _end(self) -> None:
+        self._stopping = True
+        if self._conductor is not None:
+            self._conductor.cancel()
 
     def _abort(self, error: BaseException) -> None:
         self._error = error

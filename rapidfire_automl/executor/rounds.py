@@ -73,10 +73,14 @@ class Referee:
         for arm in ended:
             finite = bool(np.isfinite(arm.record.last_vector).all())
             arm.record.state = TrialState.COMPLETE if finite else TrialState.FAILED
-        going = [arm for arm in waiting if arm not in ended]
+        # Chunks beyond those of a whole trial were asked for by a person, and so was what a person has decided.
+        ruled = {arm.number: arm.ruling for arm in [*waiting, *paused] if arm.ruling is not None}
+        going = [arm for arm in waiting if arm not in ended and arm.number not in ruled]
+        going = [arm for arm in going if len(arm.record.values) < self._chunks]
+        free = [arm for arm in paused if arm.number not in ruled and len(arm.record.values) < self._chunks]
         decisions: dict[int, Decision] = {}
-        if going or paused:
-            one = (going or paused)[0]
+        if going or free:
+            one = (going or free)[0]
             now = history(
                 self._records.values(),
                 minimize=one.minimize,
@@ -84,13 +88,15 @@ class Referee:
                 slots=self._slots,
                 cost=self._cost,
             )
-            whole = replace(now, trials=(*self._past, *now.trials))
-            decisions = dict(judge(one.trial.study, going, paused, whole))
+            trials = [_as_judged(trial, self._chunks, ruled.get(trial.number)) for trial in now.trials]
+            whole = replace(now, trials=(*self._past, *trials))
+            decisions = dict(judge(one.trial.study, going, free, whole))
+        decisions.update(ruled)
         for arm in ended:
             decisions[arm.number] = Decision(Verdict.COMPLETE, "trained to the end")
         for arm in sorted([*waiting, *paused], key=lambda arm: arm.number):
             decision = decisions.get(arm.number)
-            if decision is None or (arm in paused and decision.verdict is Verdict.PAUSE):
+            if decision is None or (arm in paused and (decision.verdict is Verdict.PAUSE or arm.number in ruled)):
                 continue
             arm.record.verdicts.append((len(arm.record.values), str(decision.verdict), decision.reason))
             self._tell("verdict", arm, verdict=str(decision.verdict), reason=decision.reason)
@@ -145,7 +151,7 @@ def history(
     shown = [
         record
         for record in sorted(records, key=lambda r: r.number)
-        if record.values or record.state is not TrialState.RUNNING
+        if record.values or record.state not in (TrialState.RUNNING, TrialState.PAUSED, TrialState.STOPPED)
     ]
     signs = np.where(minimize, 1.0, -1.0)
     one = len(minimize) == 1
@@ -167,6 +173,23 @@ def history(
         ),
         chunks=chunks,
         slots=slots,
+    )
+
+
+def _as_judged(trial: TrialHistory, chunks: int, ruling: Decision | None) -> TrialHistory:
+    """A trial as its judge sees it: one that a person has paused is not waited for, and extra chunks don't count."""
+    if trial.is_live and ruling is not None:
+        going_on = ruling.verdict is Verdict.CONTINUE
+        trial = replace(trial, state=TrialState.RUNNING if going_on else TrialState.STOPPED)
+    if trial.resource < chunks or not (trial.is_live or trial.resource > chunks):
+        return trial
+    return replace(
+        trial,
+        values=trial.values[:chunks],
+        scores=trial.scores[:chunks],
+        costs=trial.costs[:chunks],
+        metrics={name: numbers[:chunks] for name, numbers in trial.metrics.items()},
+        state=TrialState.COMPLETE if trial.is_live else trial.state,
     )
 
 
@@ -202,7 +225,8 @@ def past(study: optuna.Study, chunks: int) -> tuple[TrialHistory, ...]:
         study.set_user_attr(CHUNKS_ATTR, chunks)
     if study.user_attrs[CHUNKS_ATTR] != chunks or len(study.directions) > 1:
         return ()
-    return tuple(trial for trial in history_from_study(study).trials if not trial.is_live)
+    trials = history_from_study(study).trials
+    return tuple(_as_judged(trial, chunks, None) for trial in trials if not trial.is_live)
 
 
 def judge(

@@ -7,6 +7,7 @@ What is relied on, and what happens when it is not so (a line in `Seam.notes`, a
 - `trainer.accelerator.backward` ends every backward -> checked at every step;
 - transformers' `generate` takes a decoding method (`custom_generate`) -> rollouts of our own agree with the model's
   forward, which is checked before the first one, or else each trial decodes by itself;
+- a trainer asks `set_initial_training_values` for its epochs and ends at `state.max_steps` -> else none is extended;
 - plain LoRA layers hold `lora_A`, `lora_B`, `scaling`, `lora_dropout` by adapter name -> else unfused.
 """
 
@@ -35,6 +36,7 @@ from rapidfire_automl.executor.seams.rewards import (
     why_no_rewards,
     why_refused,
 )
+from rapidfire_automl.executor.seams.schedule import leave_room, lengthen, why_no_longer
 from rapidfire_automl.executor.seams.selfcheck import Probe, check_rollouts, is_half, is_out_of_memory, self_check
 from rapidfire_automl.executor.seams.trainer import Seam, autocast_dtype, fused_head_settings
 
@@ -54,12 +56,15 @@ __all__ = [
     "is_half",
     "is_out_of_memory",
     "keep_head_contiguous",
+    "leave_room",
+    "lengthen",
     "refuse",
     "sample_rewards",
     "sampling_as",
     "self_check",
     "share_clone",
     "shared_head",
+    "why_no_longer",
     "why_no_rewards",
     "why_refused",
     "why_unfusable_args",
