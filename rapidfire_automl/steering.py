@@ -6,6 +6,9 @@ import contextlib
 import json
 import os
 import socket
+import threading
+from collections.abc import Callable
+from concurrent.futures import Future
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -63,6 +66,27 @@ class Search(Controls):
                 if number >= skip and line.endswith("\n"):  # the last line may be half written
                     found.append(json.loads(line))
         return found
+
+
+def in_background(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Future[Any]:
+    """Run a search in a thread of its own, so that a notebook's next cells can steer it.
+
+    Returns:
+        Its `result()` waits for the search and raises what it raises.
+
+    >>> in_background(sum, [1, 2]).result()
+    3
+    """
+    done: Future[Any] = Future()
+
+    def run() -> None:
+        try:
+            done.set_result(function(*args, **kwargs))
+        except BaseException as error:
+            done.set_exception(error)
+
+    threading.Thread(target=run, name="search", daemon=True).start()
+    return done
 
 
 def _load_study(study: Any, storage: Any) -> optuna.Study:

@@ -1,4 +1,4 @@
-"""The command line: `rapidfire-automl run search.toml`, `demo`, `doctor`, `version`."""
+"""The command line: `rapidfire-automl run search.toml`, `demo`, `doctor`, `version`, and the verbs that steer."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import typer
 from rapidfire_automl.cli.demo import demo
 from rapidfire_automl.cli.doctor import doctor
 from rapidfire_automl.cli.run import run
+from rapidfire_automl.cli.steer import COMMANDS
 
 app = typer.Typer(
     name="rapidfire-automl",
@@ -19,6 +20,8 @@ app = typer.Typer(
 app.command()(run)
 app.command()(demo)
 app.command()(doctor)
+for command in COMMANDS:
+    app.command()(command)
 
 
 @app.command()

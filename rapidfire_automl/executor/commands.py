@@ -426,7 +426,8 @@ class Commands:
             raise Refused(f"trial {arm.number} can't train longer: {why}")
         was = trainer.lr_scheduler.get_last_lr()[0]
         seams.lengthen(trainer, length * more)
-        ends.extend(ends[-1] + length * k for k in range(1, more + 1))
+        last = ends[-1]
+        ends.extend(last + length * k for k in range(1, more + 1))
         now = trainer.lr_scheduler.get_last_lr()[0]
         return (
             f"{len(ends)} chunks, {trainer.state.max_steps} steps instead of {before}; "

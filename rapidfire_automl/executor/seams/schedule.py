@@ -66,7 +66,7 @@ def why_no_longer(trainer: Trainer, steps: int) -> str:
         return f"the length of its schedule ({type(scheduler).__name__}) can't be changed"
     for shape in scheduler.lr_lambdas:
         if isinstance(shape, functools.partial) and _OTHER_LENGTHS & shape.keywords.keys():
-            return f"its schedule ({trainer.args.lr_scheduler_type}) has parts of a fixed length"
+            return f"its schedule ({trainer.args.lr_scheduler_type.value}) has parts of a fixed length"
     if has_rollouts(trainer):
         every = trainer.args.steps_per_generation * trainer.num_iterations
         if steps * trainer.args.gradient_accumulation_steps % every:
