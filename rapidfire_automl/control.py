@@ -15,6 +15,7 @@ Each race has one answer:
 | resume of a trial that trains, or that was stopped | refused with its state |
 | any verb but clone for a finished trial | refused with its state |
 | a trial nobody knows, or one that has not begun | refused; the message says which there are |
+| clone beside any other verb about its source | the clone takes the source as it is at that moment, without waiting |
 | the same id twice, from one source or several | applied once, answered once |
 | pause or stop as the trial finishes its last chunk | the trial is complete; the command is refused |
 | the policy's verdict about a trial paused by hand | none is asked for: to the policy it has stopped, its values stay |

@@ -230,7 +230,7 @@ class FolderMailbox:
             except (ControlError, OSError, TypeError) as error:
                 _log.warning("%s is no command and is ignored: %s", path, error)
                 continue
-            if command.attempt is not None and command.attempt != self._attempt:
+            if command.attempt is not None and command.attempt < self._attempt:
                 self.answer(command, _stale(command.attempt, self._attempt))
                 continue
             found.append(command)
@@ -345,7 +345,7 @@ class StudyMailbox:
             except (ControlError, TypeError) as error:
                 _log.warning("The study's attribute %s is no command and is ignored: %s", key, error)
                 continue
-            if command.attempt is not None and command.attempt != self._attempt:
+            if command.attempt is not None and command.attempt < self._attempt:
                 self.answer(command, _stale(command.attempt, self._attempt))
                 continue
             found.append(command)

@@ -176,7 +176,8 @@ def _values(text: str) -> dict[str, Any]:
     values = {}
     parts: list[str] = []
     for part in text.split(","):
-        if parts and ("=" not in part or parts[-1].count("[") > parts[-1].count("]")):
+        inside = bool(parts) and parts[-1].count("[") > parts[-1].count("]")
+        if inside or (parts and part.strip() and "=" not in part):
             parts[-1] += "," + part
         elif part.strip():
             parts.append(part)

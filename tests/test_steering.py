@@ -178,7 +178,7 @@ train = "train.jsonl"
 eval = "eval.jsonl"
 [args]
 per_device_train_batch_size = 8
-num_train_epochs = 100
+num_train_epochs = 200
 lr_scheduler_type = "constant"
 logging_steps = 1
 bf16 = false
@@ -207,9 +207,9 @@ ENVIRONMENT = {
 
 @pytest.mark.parametrize("way", ["folder", "study"])
 def test_from_the_command_line(tmp_path: Path, way: str) -> None:
-    """A trial that would train for hours; each command waits for its effect."""
-    sums(2048, seed=3).to_json(tmp_path / "train.jsonl")
-    sums(8, seed=4).to_json(tmp_path / "eval.jsonl")
+    """A trial that would train for long, on a few sums over and over; each command waits for its effect."""
+    sums(16, seed=3).repeat(64).to_json(tmp_path / "train.jsonl")
+    sums(16, seed=3).to_json(tmp_path / "eval.jsonl")
     (tmp_path / "search.toml").write_text(SEARCH.format(model=MODEL))
     run_dir = tmp_path / "out"
     where = ["--run", str(run_dir)] if way == "folder" else ["--study", "steered", "--storage", "sqlite:///study.db"]

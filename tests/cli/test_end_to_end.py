@@ -94,7 +94,7 @@ def test_search(folder: Path, trainer: str) -> None:
     assert len(summary["trials"]) == 6
     assert summary["best_value"] < summary["base_value"]
     assert summary["chunks_used"] < summary["chunks_if_all_ran"] == 24
-    assert {"events.jsonl", "summary.json", "plan.json", "curves.png", "timeline.png", "trials"} == {
+    assert {"commands", "events.jsonl", "summary.json", "plan.json", "curves.png", "timeline.png", "trials"} == {
         path.name for path in (folder / "out").iterdir()
     }
     # Nothing but our own lines: the libraries are quiet.

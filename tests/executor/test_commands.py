@@ -518,3 +518,17 @@ def test_a_changed_rank_is_refused_at_once_where_its_name_is_known() -> None:
         "`r` of trial 0 is 4: an adapter can't be carried over to 2. Clone it without warm start, or without this change."
     ]
     assert done.states() == ["COMPLETE"]
+
+
+def test_a_trial_that_runs_unfused_is_steered_alike() -> None:
+    config = LoraConfig(r=4, use_dora=True, target_modules=["q_proj"], task_type="CAUSAL_LM")
+    done, at = steer(
+        lambda at: at.when("step", 0, lambda e: [e.pause(0), e.stop(1)], step=1).when(
+            "trial_ended", 1, lambda e: [e.clone(0, warm_start=True), e.resume(0)]
+        ),
+        LRS[:2],
+        objective=partial(by_lr, peft_config=config),
+    )
+    assert [state for _, state in effects(at)] == ["applied"] * 4
+    assert not done.executor.records[0].fused
+    assert done.states() == ["COMPLETE", "PRUNED", "COMPLETE"]
