@@ -6,13 +6,15 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: install demo demo-compare test test-fast lint clean
+.PHONY: install demo demo-grpo demo-compare rollouts test test-fast lint clean
 .DEFAULT_GOAL := help
 
 .PHONY: help
 help:
 	@echo "make demo          search over LoRA trials of SmolLM2-135M on a small arithmetic task (minutes, CPU)"
+	@echo "make demo-grpo     which num_generations is worth its cost: a GRPO sweep on the same model (minutes, CPU)"
 	@echo "make demo-compare  the same space searched serially with plain TRL, for the wall time (long)"
+	@echo "make rollouts      joint rollouts against plain TRL: tokens a second, GRPO steps, roofline (20 minutes, quiet CPU)"
 	@echo "make test          lint, types, import contracts and every test"
 	@echo "make test-fast     the tests that take seconds"
 	@echo "make lint          ruff, mypy, import-linter"
@@ -34,8 +36,14 @@ $(STAMP): pyproject.toml constraints.txt
 demo: $(STAMP)
 	$(BIN)/rapidfire-automl demo
 
+demo-grpo: $(STAMP)
+	$(BIN)/rapidfire-automl demo-grpo
+
 demo-compare: $(STAMP)
 	$(BIN)/python experiments/demo_compare/run.py
+
+rollouts: $(STAMP)
+	$(BIN)/python experiments/rollouts/run.py
 
 test: lint
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2

@@ -10,19 +10,28 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from rapidfire_automl.automl import AutoML
-    from rapidfire_automl.configs import RFDPOConfig, RFLoraConfig, RFModelConfig, RFSFTConfig
+    from rapidfire_automl.configs import (
+        RFDPOConfig,
+        RFGRPOConfig,
+        RFLoraConfig,
+        RFModelConfig,
+        RFRLOOConfig,
+        RFSFTConfig,
+    )
     from rapidfire_automl.events import Event
     from rapidfire_automl.executor import RapidFireExecutor
     from rapidfire_automl.experiment import Experiment, RFGridSearch, RFOptuna, RFRandomSearch
     from rapidfire_automl.notebook import panel as panel
     from rapidfire_automl.plan import Plan
     from rapidfire_automl.pruners import PolicyPruner
+    from rapidfire_automl.reasoning import reasoning_rows
     from rapidfire_automl.replay import replay as replay
     from rapidfire_automl.samplers import ChunkSampler
     from rapidfire_automl.sampling import Sampling
     from rapidfire_automl.search import SearchResult, run_search
     from rapidfire_automl.space import List, Range
     from rapidfire_automl.steering import Search, in_background
+    from rapidfire_automl.stories import why
 
 __version__ = "0.1.0.dev0"
 
@@ -35,10 +44,12 @@ _MODULES = {
     "Plan": "plan",
     "PolicyPruner": "pruners",
     "RFDPOConfig": "configs",
+    "RFGRPOConfig": "configs",
     "RFGridSearch": "experiment",
     "RFLoraConfig": "configs",
     "RFModelConfig": "configs",
     "RFOptuna": "experiment",
+    "RFRLOOConfig": "configs",
     "RFRandomSearch": "experiment",
     "RFSFTConfig": "configs",
     "Range": "space",
@@ -48,8 +59,10 @@ _MODULES = {
     "SearchResult": "search",
     "in_background": "steering",
     "panel": "notebook",
+    "reasoning_rows": "reasoning",
     "replay": "replay",
     "run_search": "search",
+    "why": "stories",
 }
 
 __all__ = [
@@ -61,10 +74,12 @@ __all__ = [
     "Plan",
     "PolicyPruner",
     "RFDPOConfig",
+    "RFGRPOConfig",
     "RFGridSearch",
     "RFLoraConfig",
     "RFModelConfig",
     "RFOptuna",
+    "RFRLOOConfig",
     "RFRandomSearch",
     "RFSFTConfig",
     "Range",
@@ -75,8 +90,10 @@ __all__ = [
     "__version__",
     "in_background",
     "panel",
+    "reasoning_rows",
     "replay",
     "run_search",
+    "why",
 ]
 
 

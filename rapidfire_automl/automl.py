@@ -12,7 +12,8 @@ from rapidfire_automl.configs import TRAINING_ARGS, FieldConfig, RFLoraConfig, R
 from rapidfire_automl.control import Command, Controls, Sent
 from rapidfire_automl.events import Listener
 from rapidfire_automl.experiment import DEFAULT_CHUNKS, Experiment
-from rapidfire_automl.groups import ConfigGroup, Metric, RFGridSearch, RFOptuna
+from rapidfire_automl.groups import ConfigGroup, RFGridSearch, RFOptuna
+from rapidfire_automl.metrics import Metric
 from rapidfire_automl.results import FitResult
 from rapidfire_automl.strategies import check_count, unknown
 
@@ -25,10 +26,10 @@ class AutoML(Controls):
 
     Args:
         model: Hub id, path, or a loaded model (then with `tokenizer`).
-        trainer: "sft" or "dpo".
+        trainer: "sft", "dpo", "grpo" or "rloo".
         space: An `RFModelConfig` (its `model_name` may be left out), or a dict of fields of TRL's config and of
             `LoraConfig` with `List` and `Range` in it: `{"learning_rate": Range(1e-5, 1e-2), "r": List([4, 8])}`.
-            Keys `training_args`, `peft_config` and other fields of `RFModelConfig` are taken as such.
+            Keys `training_args`, `peft_config`, `reward_funcs` and other fields of `RFModelConfig` are taken as such.
         sampler: "tpe", "random", "cmaes", "gp", "qmc", "chunk", "grid", or any Optuna sampler.
         policy: "auto", another policy, an Optuna pruner, or None to train every trial to its end.
         slots: Trials that train at a time.
@@ -40,7 +41,7 @@ class AutoML(Controls):
         seed: Of the sampler and of the trials.
         name: Of the experiment folder.
         experiments_path: Where it lies.
-        experiment_options: Further arguments of `Experiment`.
+        experiment_options: Further arguments of `Experiment`, like `eval_sampling`.
 
     Raises:
         ValueError: Anything wrong with the arguments; no model is loaded before `fit`.
@@ -58,7 +59,7 @@ class AutoML(Controls):
         chunks: int = DEFAULT_CHUNKS,
         n_trials: int = 32,
         metric: Metric | None = None,
-        direction: str = "minimize",
+        direction: str | None = None,
         tokenizer: Any = None,
         seed: int = 42,
         name: str = "automl",

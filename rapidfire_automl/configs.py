@@ -68,6 +68,9 @@ class FieldConfig:
             value = getattr(real, name)
             if not _same(value, _default(field)):
                 changed[name] = value
+        if "steps_per_generation" in changed:
+            # TRL's config fills in whichever of the two is left out, and refuses to be built with both.
+            changed.pop("generation_batch_size", None)
         return cls(**changed)
 
     def __setattr__(self, name: str, value: Any) -> None:
@@ -132,6 +135,11 @@ class FieldConfig:
         return _real(self.origin, self.real_name)(**{**(defaults or {}), **given, **(overrides or {})})
 
     @classmethod
+    def defaults(cls) -> dict[str, Any]:
+        """The real class's value of every field."""
+        return {name: _default(field) for name, field in cls.known().items()}
+
+    @classmethod
     def _trusted(cls, fields: dict[str, Any]) -> Self:
         config = cls.__new__(cls)
         object.__setattr__(config, "_given", fields)
@@ -171,7 +179,30 @@ class RFDPOConfig(FieldConfig):
     real_name = "DPOConfig"
 
 
-TRAINING_ARGS: Mapping[str, type[FieldConfig]] = {"SFT": RFSFTConfig, "DPO": RFDPOConfig}
+class RFGRPOConfig(FieldConfig):
+    """TRL's `GRPOConfig` with `List` and `Range` allowed in every field.
+
+    >>> RFGRPOConfig(num_generations=List([4, 8, 16]), per_device_train_batch_size=16)
+    RFGRPOConfig(num_generations=List([4, 8, 16]), per_device_train_batch_size=16)
+    """
+
+    origin = "trl"
+    real_name = "GRPOConfig"
+
+
+class RFRLOOConfig(FieldConfig):
+    """TRL's `RLOOConfig` with `List` and `Range` allowed in every field."""
+
+    origin = "trl"
+    real_name = "RLOOConfig"
+
+
+TRAINING_ARGS: Mapping[str, type[FieldConfig]] = {
+    "SFT": RFSFTConfig,
+    "DPO": RFDPOConfig,
+    "GRPO": RFGRPOConfig,
+    "RLOO": RFRLOOConfig,
+}
 """Trainer type -> its config. A new trainer is a line here, and one in `trainers.TRAINERS`."""
 
 
@@ -187,13 +218,15 @@ class RFModelConfig:
         compute_metrics: With `generation_config`: `(generated texts, reference texts) -> {name: number}`, as RapidFire
             AI calls it. Without: handed to the TRL trainer, which calls it with an `EvalPrediction`.
         peft_config: `RFLoraConfig`, PEFT's own `LoraConfig`, or several of them.
-        training_args: `RFSFTConfig` or `RFDPOConfig`, or TRL's own.
+        training_args: `RFSFTConfig`, `RFDPOConfig`, `RFGRPOConfig` or `RFRLOOConfig`, or TRL's own.
         model_type: Handed to `create_model_fn`.
         model_kwargs: For `from_pretrained`; configurations with different ones are different bases.
         ref_model_name: For DPO; the reference is the base itself, so nothing but the base's name is accepted.
         ref_model_type: Handed to `create_model_fn`.
         ref_model_kwargs: Handed to `create_model_fn`.
-        reward_funcs: For GRPO.
+        reward_funcs: For GRPO and RLOO: `f(prompts, completions, **columns)`, which returns a number an answer, or
+            `"module:function"`, or a built-in's name ("exact_match", "reasoning_gym"), or a list of those, whose sum is
+            the reward unless `reward_weights` of the training arguments weigh them. A `List` is a choice of such.
         generation_config: How answers for `compute_metrics` are generated: arguments of `model.generate`.
         num_gpus: Accepted for RapidFire AI's sake; trials share one device.
 

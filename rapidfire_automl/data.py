@@ -5,7 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rapidfire_automl.settings import Data, Settings, SettingsError
+from rapidfire_automl.reasoning import Task, reasoning_rows
+from rapidfire_automl.settings import Settings, SettingsError
+from rapidfire_automl.tables import Data, ReasoningGym
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -15,12 +17,14 @@ _LOADERS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parqu
 _COLUMNS: dict[str, tuple[tuple[str, ...], ...]] = {
     "sft": (("messages",), ("prompt", "completion"), ("input_ids",)),
     "dpo": (("chosen", "rejected"),),
+    "grpo": (("prompt",),),
+    "rloo": (("prompt",),),
 }
 """Per trainer kind, the sets of columns of which one must be there; SFT also takes its `dataset_text_field`."""
 
 
 def load_data(settings: Settings, folder: Path) -> tuple[Dataset, Dataset]:
-    """Load the training and the held-out examples.
+    """Load, or make, the training and the held-out examples.
 
     Args:
         settings: The search file.
@@ -31,6 +35,8 @@ def load_data(settings: Settings, folder: Path) -> tuple[Dataset, Dataset]:
             training examples than chunks.
     """
     data = settings.data
+    if data.reasoning_gym is not None:
+        return _make(data.reasoning_gym, settings)
     train = _limit(_load(data.train, data.split, "data.train", data, folder), data.max_train, settings.search.seed)
     if data.eval_fraction is not None:
         if len(train) < 2:
@@ -42,13 +48,38 @@ def load_data(settings: Settings, folder: Path) -> tuple[Dataset, Dataset]:
     held_out = _limit(held_out, data.max_eval, settings.search.seed)
     for name, rows in (("data.train", train), ("data.eval", held_out)):
         _check_columns(name, rows, settings)
+    _check_count(train, settings)
+    return train, held_out
+
+
+def _make(gym: ReasoningGym, settings: Settings) -> tuple[Dataset, Dataset]:
+    """The rows of `[data.reasoning_gym]`; for SFT the task's own answer completes them."""
+    from datasets import Dataset
+
+    if settings.trainer == "dpo":
+        raise SettingsError("`data.reasoning_gym` makes prompts with answers, and trainer dpo needs pairs of answers.")
+    given = gym.model_dump(exclude={"tasks"})
+    try:
+        sets = reasoning_rows([Task(task.task, task.options) for task in gym.tasks], **given)
+    except ValueError as error:
+        raise SettingsError(f"`data.reasoning_gym`: {error}") from error
+    if settings.trainer == "sft":
+        for rows in sets:
+            for row in rows:
+                said = row["answer"]
+                row["completion"] = [{"role": "assistant", "content": said}] if gym.chat else f" {said}"
+    train, held_out = (Dataset.from_list(rows) for rows in sets)
+    _check_count(train, settings)
+    return train, held_out
+
+
+def _check_count(train: Dataset, settings: Settings) -> None:
     chunks = settings.search.chunks
     if len(train) < chunks:
         raise SettingsError(
             f"`data.train` has {len(train)} examples, fewer than `search.chunks` = {chunks}. "
             f"Set `search.chunks` to {len(train)} or less, or give more examples."
         )
-    return train, held_out
 
 
 def check_files(settings: Settings, folder: Path) -> None:
@@ -58,7 +89,7 @@ def check_files(settings: Settings, folder: Path) -> None:
         SettingsError: One is missing or empty, or of a kind that cannot be read.
     """
     for key, source in (("data.train", settings.data.train), ("data.eval", settings.data.eval)):
-        if source is not None:
+        if source:
             _find(source, key, folder)
 
 

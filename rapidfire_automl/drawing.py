@@ -84,6 +84,7 @@ _SHORT = {
     "gradient_accumulation_steps": "accum",
     "lora_alpha": "alpha",
     "lora_dropout": "dropout",
+    "num_generations": "gens",
     "num_train_epochs": "epochs",
     "weight_decay": "decay",
     "lr_scheduler_type": "",
@@ -103,6 +104,14 @@ def short_param(name: str, value: Any) -> str:
     else:
         text = str(value)
     return f"{label} {text}".strip()
+
+
+def amount(count: int) -> str:
+    """A number of tokens in three digits: 12345 -> "12.3k"."""
+    for unit, size in (("M", 1_000_000), ("k", 1000)):
+        if count >= size:
+            return f"{count / size:.3g}{unit}"
+    return str(count)
 
 
 def time_ticks(start_s: float, end_s: float, most: int = 8) -> list[float]:

@@ -13,18 +13,26 @@ class Event:
 
     Kinds and their `data`:
 
+    - `search_started`: `study` (its name; another one means another search), `direction` ("minimize", "maximize"),
+      `n_trials`, `chunks` (of a whole trial), `slots`.
     - `plan`: `budget_tokens`, `trials_per_pass`, `reason`. The planner has chosen (again).
     - `base_evaluated`: `value`. The untrained base's value on the shared evaluation set.
     - `trial_started`: `params`, `trainer` (class name), `max_steps`, `boundaries` (step of each chunk's end), `fused`.
     - `step`: `step`, `max_steps`. An optimizer step is done.
-    - `chunk_done`: `value` (as the user's metric gives it, sign not flipped), `seconds`, `tokens`; with several
-      objectives `vector`, and `value` is its first.
-    - `verdict`: `verdict`, `reason`. Also for paused trials that resume.
+    - `chunk_done`: `value` (as the user's metric gives it, sign not flipped), `seconds`, `tokens`, `generated` (0 for
+      trials that don't generate); with several objectives `vector`, and `value` is its first.
+    - `verdict`: `verdict`, `reason`, `by` (the policy or pruner; "" for the executor itself) and `numbers`
+      (`rapidfire_policies.Decision.numbers`, values in the user's sign). Also for paused trials that resume.
     - `trial_ended`: `state` ("complete", "pruned", "failed"), `value`, `reason`, `adapter` (path or None).
-    - `out_of_memory`: `budget_tokens` (the new one).
     - `command`: `id`, `verb`, `of` (the trial it is about, or None), `arguments`, `source`, `sent_s` (seconds since
       1970), `effect` ("applied" or "refused"), `text`. Somebody has stepped in; told when it has taken effect.
+    - `trial_resumed`: `attempt`. A trial goes on after its process ended, from `chunk`.
+    - `checkpoint`: `bytes`, `seconds`. The trial is on the disk as of `chunk`.
+    - `checkpoint_damaged`: `reason`. It goes on from an older one.
+    - `writing_paused`: `reason`. The disk is full.
+    - `out_of_memory`: `budget_tokens` (the new one); with a trial, it alone did not fit.
     - `warning`: `message`.
+    - `search_ended`: `status` ("complete", "failed", "interrupted", "crashed"); missing where the process was killed.
 
     Args:
         kind: One of the above.

@@ -11,7 +11,7 @@ import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Self
+from typing import Any, Self
 
 import optuna
 from optuna.study import StudyDirection
@@ -19,26 +19,23 @@ from optuna.study import StudyDirection
 from rapidfire_automl.bases import CreateModel, load_model, make_executor
 from rapidfire_automl.control import Command, ControlError, Controls, Sent
 from rapidfire_automl.events import Listener
+from rapidfire_automl.fit_checks import check_data, check_search, eval_sampling_of
 from rapidfire_automl.groups import (
     ConfigGroup,
-    Metric,
     Pruning,
     RFGridSearch,
     RFOptuna,
     RFRandomSearch,
     Search,
     as_groups,
-    builtin_metric,
 )
 from rapidfire_automl.hints import nearest
 from rapidfire_automl.jsonable import dumps
+from rapidfire_automl.metrics import METRICS, Metric, builtin_metric
 from rapidfire_automl.results import FitResult, GroupResult
-from rapidfire_automl.space import List
+from rapidfire_automl.sampling import Sampling
 from rapidfire_automl.strategies import check_count, check_direction, make_pruning
-from rapidfire_automl.trainers import SAMPLE_SIZE, Data, Logs, answer_metric, as_dataset, build_trainer, quiet_datasets
-
-if TYPE_CHECKING:
-    from datasets import Dataset
+from rapidfire_automl.trainers import Data, Logs, answer_metric, build_trainer, quiet_datasets
 
 __all__ = ["Experiment", "RFGridSearch", "RFOptuna", "RFRandomSearch"]
 
@@ -58,9 +55,13 @@ class Experiment(Controls):
         slots: Trials that train at a time.
         policy: For groups that bring no policy of their own: one of `rapidfire_policies`, its name ("asha"), or an
             Optuna pruner. None trains every grid and random configuration to its end.
-        metric: For groups that bring none: None for the trainer's own (SFT: mean token NLL, DPO: preference loss), a
-            name the executor knows, a key of what `compute_metrics` returns, or `metric(trainer) -> number or scores`.
-        direction: Whether small or large values of it are good.
+        metric: For groups that bring none: None for the trainer's own (SFT: mean token NLL, DPO: preference loss, GRPO
+            and RLOO: mean reward), a name the executor knows, a key of what `compute_metrics` returns, or
+            `metric(trainer) -> number or scores`.
+        direction: Whether small or large values of it are good; None for what the metric is by nature: "maximize" for a
+            reward, else "minimize".
+        eval_sampling: How GRPO and RLOO trials answer when they are compared; by default at the temperature they all
+            share, to the most tokens that any of them may generate.
         listeners: Called with every event.
         mlflow_experiment: MLflow experiment to log to.
         executor_options: Further arguments of `RapidFireExecutor`, e.g. `{"eval_batch_size": 8}`.
@@ -91,7 +92,8 @@ class Experiment(Controls):
         slots: int = 8,
         policy: Pruning = None,
         metric: Metric | None = None,
-        direction: str = "minimize",
+        direction: str | None = None,
+        eval_sampling: Sampling | None = None,
         listeners: Sequence[Listener] = (),
         mlflow_experiment: str | None = None,
         executor_options: Mapping[str, Any] | None = None,
@@ -109,7 +111,8 @@ class Experiment(Controls):
         self.slots = check_count("slots", slots)
         self.policy = make_pruning(policy)
         self.metric = metric
-        self.direction = check_direction(direction)
+        self.direction = None if direction is None else check_direction(direction)
+        self.eval_sampling = eval_sampling
         self.listeners = tuple(listeners)
         self.mlflow_experiment = mlflow_experiment
         self.executor_options = dict(executor_options or {})
@@ -176,8 +179,8 @@ class Experiment(Controls):
         check_count("seed", seed, least=0)
         plans = [(g, s) for g in groups for s in g.searches(self.policy, self.metric, self.direction)]
         for _, search in plans:
-            _check_search(search, create_model_fn)
-        data = _check_data(train_dataset, eval_dataset, chunks, [search for _, search in plans])
+            check_search(search, create_model_fn, self.eval_sampling)
+        data = check_data(train_dataset, eval_dataset, chunks, [search for _, search in plans])
         return self._run(plans, create_model_fn, data, chunks, seed, timeout_s)
 
     def get_results(self) -> Any:
@@ -305,6 +308,7 @@ class Experiment(Controls):
             "output_dir": run_dir,
             "chunks": chunks,
             **({"tokenizer": tokenizer} if tokenizer is not None else {}),
+            **eval_sampling_of(search, self.eval_sampling),
             **self.executor_options,
         }
         with make_executor(model, options) as executor:
@@ -352,48 +356,6 @@ def _chunks(num_chunks: int | None, num_shards: int | None) -> int:
     return DEFAULT_CHUNKS if value is None else check_count(name, value)
 
 
-def _check_search(search: Search, create_model_fn: CreateModel | None) -> None:
-    if create_model_fn is not None and not callable(create_model_fn):
-        raise ValueError(f"`create_model_fn` must be a function, got {create_model_fn!r}.")
-    if create_model_fn is None and not search.base["model_name"]:
-        raise ValueError("`model_name` must be given where there is no `create_model_fn`.")
-    if not builtin_metric(search.metric)[0]:
-        configs = search.space.value.values if isinstance(search.space.value, List) else (search.space.value,)
-        if any(config.compute_metrics is None or config.generation_config is None for config in configs):
-            raise ValueError(
-                f"`metric` {search.metric!r} must come from `compute_metrics`, scored on generated answers. Give every "
-                "RFModelConfig a `compute_metrics` and a `generation_config`, or write nll, preference_loss, ..."
-            )
-
-
-def _check_data(train: Any, held_out: Any, chunks: int, searches: Sequence[Search]) -> Data:
-    if train is None:
-        raise ValueError("`train_dataset` must be given.")
-    train = as_dataset("train_dataset", train)
-    if len(train) < chunks:
-        raise ValueError(
-            f"`num_chunks` must be <= the training examples, got {chunks} chunks and {len(train)} examples. "
-            f"Write num_chunks={len(train)} or less."
-        )
-    if held_out is None:
-        return Data(train, _stand_in(train, searches))
-    return Data(train, as_dataset("eval_dataset", held_out))
-
-
-def _stand_in(train: Dataset, searches: Sequence[Search]) -> Dataset:
-    if any(search.steers for search in searches):
-        raise ValueError(
-            "`eval_dataset` must be given: a policy, a pruner or a sampler decides by values on it. Only a grid or "
-            "random search without a policy can do without."
-        )
-    warnings.warn(
-        f"No `eval_dataset`: values are measured on the first {min(SAMPLE_SIZE, len(train))} training examples and say "
-        "nothing about over-fitting.",
-        stacklevel=4,
-    )
-    return train.select(range(min(SAMPLE_SIZE, len(train))))
-
-
 def _check_foreign(foreign: Mapping[str, Any]) -> None:
     known = ("config_group", "create_model_fn", "train_dataset", "eval_dataset", "num_chunks", "seed", "num_shards")
     for name in foreign:
@@ -406,7 +368,7 @@ def _check_foreign(foreign: Mapping[str, Any]) -> None:
 def _metric_name(search: Search) -> str:
     metric = builtin_metric(search.metric)[1]
     if metric is None:
-        return {"SFT": "nll", "DPO": "preference_loss"}[search.trainer_type]
+        return METRICS[search.trainer_type][0]
     return metric if isinstance(metric, str) else getattr(metric, "__name__", "metric")
 
 

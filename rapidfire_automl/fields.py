@@ -9,20 +9,24 @@ from __future__ import annotations
 import types
 import typing
 from collections.abc import Iterable, Mapping
-from dataclasses import fields
+from dataclasses import MISSING, fields
 from functools import cache
 from typing import Any, Literal
 
-from rapidfire_automl import space
+from rapidfire_automl import rl, space
 from rapidfire_automl.hints import unknown
-from rapidfire_automl.settings import Range, Settings, SettingsError, TrainerName
+from rapidfire_automl.sampling import Sampling
+from rapidfire_automl.settings import GENERATING, Settings, SettingsError, TrainerName
 from rapidfire_automl.space import Space
+from rapidfire_automl.tables import Range
 
 Part = Literal["args", "lora"]
 
 TRAINERS: Mapping[TrainerName, tuple[str, str]] = {
     "sft": ("SFTTrainer", "SFTConfig"),
     "dpo": ("DPOTrainer", "DPOConfig"),
+    "grpo": ("GRPOTrainer", "GRPOConfig"),
+    "rloo": ("RLOOTrainer", "RLOOConfig"),
 }
 """Per trainer kind, TRL's trainer and its config. A new kind is a line here and a name in `settings.TrainerName`."""
 
@@ -45,14 +49,21 @@ _NOT_YOURS: Mapping[str, str] = {
 
 
 @cache
+def _config(class_name: str) -> Any:
+    """A TRL config or `LoraConfig`."""
+    if class_name == "LoraConfig":
+        from peft import LoraConfig
+
+        return LoraConfig
+    import trl
+
+    return getattr(trl, class_name)
+
+
+@cache
 def _annotations(class_name: str) -> Mapping[str, Any]:
     """Field name -> annotation of a TRL config or of `LoraConfig`."""
-    if class_name == "LoraConfig":
-        from peft import LoraConfig as config
-    else:
-        import trl
-
-        config = getattr(trl, class_name)
+    config = _config(class_name)
     hints = typing.get_type_hints(config)
     return {field.name: hints.get(field.name, Any) for field in fields(config) if field.init}
 
@@ -60,6 +71,14 @@ def _annotations(class_name: str) -> Mapping[str, Any]:
 def args_fields(trainer: TrainerName) -> Mapping[str, Any]:
     """The fields of the trainer's TRL config with their annotations."""
     return _annotations(TRAINERS[trainer][1])
+
+
+def args_defaults(trainer: TrainerName) -> dict[str, Any]:
+    """The fields of the trainer's TRL config with the values they have when they are left out."""
+    made = {}
+    for field in fields(_config(TRAINERS[trainer][1])):
+        made[field.name] = field.default if field.default_factory is MISSING else field.default_factory()
+    return made
 
 
 def lora_fields() -> Mapping[str, Any]:
@@ -102,7 +121,31 @@ def check_fields(settings: Settings) -> Space:
             problems.append(str(error))
     if problems:
         raise SettingsError("\n".join(dict.fromkeys(problems)))
+    if settings.trainer in GENERATING:
+        _check_generating(settings, tree["args"])
     return Space(tree)
+
+
+def eval_sampling(settings: Settings, space: Space) -> Sampling:
+    """How trials that generate answer when they are compared."""
+    args = {**args_defaults(settings.trainer), **space.value["args"]}
+    return rl.default_sampling([args], **settings.evaluation.given)
+
+
+def _check_generating(settings: Settings, args: Mapping[str, Any]) -> None:
+    """What GRPO and RLOO ask of every combination of their fields."""
+    try:
+        rl.check_arguments(args, args_defaults(settings.trainer))
+        weights = rl.members(args.get("reward_weights"))
+        for one in weights:
+            rl.check_weights(one, [settings.reward])
+        rl.check_comparable([settings.reward], weights, settings.evaluation.reward_weights)
+    except ValueError as error:
+        raise SettingsError(str(error)) from None
+    try:
+        rl.default_sampling([{**args_defaults(settings.trainer), **args}], **settings.evaluation.given)
+    except ValueError as error:
+        raise SettingsError(f"[evaluation] {error}") from None
 
 
 def _bounds(domain: Range | list[Any]) -> list[Any]:

@@ -10,14 +10,16 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 import optuna
 
+from rapidfire_automl import rl
 from rapidfire_automl.configs import TRAINING_ARGS, RFLoraConfig, RFModelConfig
+from rapidfire_automl.metrics import Metric, best_is
+from rapidfire_automl.rewards import as_rewards
 from rapidfire_automl.space import Choice, List, Space
 from rapidfire_automl.strategies import check_count, check_direction, make_pruning, make_sampler, unknown
 
 if TYPE_CHECKING:
     from rapidfire_policies import Policy
 
-Metric: TypeAlias = str | Callable[..., Any]
 Pruning: TypeAlias = "str | Policy | optuna.pruners.BasePruner | None"
 
 BASE_FIELDS = (
@@ -32,25 +34,13 @@ BASE_FIELDS = (
 )
 """Fields that make a base; trials that differ in one of them can't share a model."""
 
-METRICS = ("nll", "preference_loss", "preference_accuracy", "reward_margin")
-"""Metrics the executor measures by itself."""
-
-_LOGGED_AS = {
-    "eval_loss": None,
-    "loss": None,
-    "eval_rewards/accuracies": "preference_accuracy",
-    "rewards/accuracies": "preference_accuracy",
-    "eval_rewards/margins": "reward_margin",
-    "rewards/margins": "reward_margin",
-}
-
 
 @dataclass(frozen=True, kw_only=True)
 class Search:
     """One search on one base.
 
     Args:
-        trainer_type: "SFT" or "DPO".
+        trainer_type: "SFT", "DPO", "GRPO" or "RLOO".
         space: What the trials differ in; its values are `RFModelConfig`s, or a `List` of them.
         base: The base's fields, nothing left to choose.
         n_trials: Trials to run.
@@ -85,7 +75,7 @@ class ConfigGroup(ABC):
 
     Args:
         configs: An `RFModelConfig`, or a list or `List` of them.
-        trainer_type: "SFT" or "DPO"; by default what `training_args` are for.
+        trainer_type: "SFT", "DPO", "GRPO" or "RLOO"; by default what `training_args` are for.
 
     Raises:
         ValueError: No configuration, one of another class, an unknown trainer type, or `training_args` of another one.
@@ -103,13 +93,13 @@ class ConfigGroup(ABC):
         self.configs = [_normalised(config, self.trainer_type) for config in members]
 
     @abstractmethod
-    def searches(self, pruning: Any = None, metric: Metric | None = None, direction: str = "minimize") -> list[Search]:
+    def searches(self, pruning: Any = None, metric: Metric | None = None, direction: str | None = None) -> list[Search]:
         """The searches to run, one a base.
 
         Args:
             pruning: Policy or pruner for a group that has none of its own.
             metric: Likewise.
-            direction: Likewise.
+            direction: Likewise; None for the metric's own.
         """
 
     def _fixed(self, points: Iterable[tuple[Mapping[str, Choice], Any]], space: Space, **common: Any) -> list[Search]:
@@ -130,6 +120,10 @@ class ConfigGroup(ABC):
             for base, queue in bases.values()
         ]
 
+    def _judged(self, metric: Metric | None, direction: str | None) -> dict[str, Any]:
+        """What trials are compared by, and which way."""
+        return {"metric": metric, "direction": check_direction(direction or best_is(self.trainer_type, metric))}
+
     def _space(self) -> Space:
         return Space(self.configs[0] if len(self.configs) == 1 else List(self.configs))
 
@@ -143,11 +137,11 @@ class RFGridSearch(ConfigGroup):
     [2]
     """
 
-    def searches(self, pruning: Any = None, metric: Metric | None = None, direction: str = "minimize") -> list[Search]:
+    def searches(self, pruning: Any = None, metric: Metric | None = None, direction: str | None = None) -> list[Search]:
         """All combinations, grouped by base in the order of their first one."""
         space = self._space()
         points = ((p.params, p.value) for p in space.grid("RFGridSearch"))
-        return self._fixed(points, space, pruning=make_pruning(pruning), metric=metric, direction=direction)
+        return self._fixed(points, space, pruning=make_pruning(pruning), **self._judged(metric, direction))
 
 
 class RFRandomSearch(ConfigGroup):
@@ -168,7 +162,7 @@ class RFRandomSearch(ConfigGroup):
         self.num_runs = check_count("num_runs", num_runs)
         self.seed = check_count("seed", seed, least=0)
 
-    def searches(self, pruning: Any = None, metric: Metric | None = None, direction: str = "minimize") -> list[Search]:
+    def searches(self, pruning: Any = None, metric: Metric | None = None, direction: str | None = None) -> list[Search]:
         """The drawn configurations, grouped by base."""
         space = self._space()
         draws = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=self.seed))
@@ -184,7 +178,7 @@ class RFRandomSearch(ConfigGroup):
                 f"`num_runs` must not exceed the different configurations there are: {self.num_runs} asked for, "
                 f"{len(found)} found. Use RFGridSearch to train all of them."
             )
-        return self._fixed(found.values(), space, pruning=make_pruning(pruning), metric=metric, direction=direction)
+        return self._fixed(found.values(), space, pruning=make_pruning(pruning), **self._judged(metric, direction))
 
 
 class RFOptuna(ConfigGroup):
@@ -255,7 +249,7 @@ class RFOptuna(ConfigGroup):
         # RapidFire AI's tutorial reads it by this name.
         return self.study
 
-    def searches(self, pruning: Any = None, metric: Metric | None = None, direction: str = "minimize") -> list[Search]:
+    def searches(self, pruning: Any = None, metric: Metric | None = None, direction: str | None = None) -> list[Search]:
         """One search a base; what the group was given itself comes first."""
         bases: dict[str, tuple[Mapping[str, Any], list[RFModelConfig]]] = {}
         for config in self.configs:
@@ -271,8 +265,7 @@ class RFOptuna(ConfigGroup):
                 n_trials=share,
                 sampler=self.sampler,
                 pruning=self.pruning,
-                direction=check_direction(self.direction or direction),
-                metric=metric if self.metric is None else self.metric,
+                **self._judged(metric if self.metric is None else self.metric, self.direction or direction),
                 slots=self.n_initial,
             )
             for (base, configs), share in zip(bases.values(), shares, strict=True)
@@ -301,16 +294,6 @@ def base_fields(config: RFModelConfig) -> dict[str, Any]:
     return {name: getattr(config, name) for name in BASE_FIELDS}
 
 
-def builtin_metric(metric: Metric | None) -> tuple[bool, Metric | None]:
-    """Whether the executor (or the callable itself) measures the metric, and what to hand to it.
-
-    `(False, key)` means a key of what `compute_metrics` returns for generated answers.
-    """
-    if isinstance(metric, str) and metric in _LOGGED_AS:
-        return True, _LOGGED_AS[metric]
-    return metric is None or callable(metric) or metric in METRICS, metric
-
-
 def _objective(objective: str) -> tuple[str, Metric]:
     if "," in objective:
         raise ValueError(f"`objective` must name one metric, got {objective!r}. Several can't be searched for at once.")
@@ -327,12 +310,10 @@ def _trainer_type(given: str | None, configs: Sequence[RFModelConfig]) -> str:
             args = args.values[0] if isinstance(args, List) else args
             if config_class.real_name in (type(args).__name__, getattr(args, "real_name", None)):
                 return name
-        raise ValueError('`trainer_type` must be given. Write trainer_type="SFT" or trainer_type="DPO".')
+        raise ValueError(f"`trainer_type` must be given: one of {', '.join(TRAINING_ARGS)}.")
     name = str(given).upper()
     if name in TRAINING_ARGS:
         return name
-    if name in ("GRPO", "RLOO"):
-        raise ValueError(f"`trainer_type` {name} is not supported yet. Known: {', '.join(TRAINING_ARGS)}.")
     raise ValueError(unknown("trainer_type", given, list(TRAINING_ARGS), "left out"))
 
 
@@ -340,7 +321,8 @@ def _normalised(config: RFModelConfig, trainer_type: str) -> RFModelConfig:
     """The config with TRL's and PEFT's own objects turned into fields.
 
     Raises:
-        ValueError: No adapter, `training_args` of another trainer, or a reference model other than the base.
+        ValueError: No adapter, `training_args` of another trainer, a reference model other than the base, or what GRPO
+            and RLOO can't do with.
     """
     args_class = TRAINING_ARGS[trainer_type]
     if config.ref_model_name not in (None, config.model_name):
@@ -367,9 +349,29 @@ def _normalised(config: RFModelConfig, trainer_type: str) -> RFModelConfig:
             )
         return RFLoraConfig.of(value) if type(value).__name__ == "LoraConfig" else value
 
-    return config.with_fields(
+    normalised = config.with_fields(
         {"training_args": _each(config.training_args, args), "peft_config": _each(config.peft_config, adapter)}
     )
+    if trainer_type not in rl.TRAINERS:
+        if config.reward_funcs is not None:
+            raise ValueError(
+                f'`reward_funcs` are for GRPO and RLOO, got trainer_type="{trainer_type}". Leave them out.'
+            )
+        return normalised
+    return _with_rewards(normalised)
+
+
+def _with_rewards(config: RFModelConfig) -> RFModelConfig:
+    """The config with functions for reward names, and with every combination of its training arguments checked."""
+    if config.compute_metrics is not None:
+        raise ValueError("`compute_metrics` is not for GRPO and RLOO: their trials are compared by `reward_funcs`.")
+    sets = config.reward_funcs.values if isinstance(config.reward_funcs, List) else [config.reward_funcs]
+    rewards = [as_rewards(given) for given in sets]
+    for args in rl.members(config.training_args):
+        rl.check_arguments(args.search_fields(), args.defaults())
+        for weights in rl.members(args.reward_weights):
+            rl.check_weights(weights, rewards)
+    return config.with_fields({"reward_funcs": List(rewards) if isinstance(config.reward_funcs, List) else rewards[0]})
 
 
 def _each(value: Any, convert: Callable[[Any], Any]) -> Any:

@@ -21,6 +21,8 @@ _NICKNAMES = {
     "lora_r": "r",
     "dropout": "lora_dropout",
     "modules": "target_modules",
+    "group_size": "num_generations",
+    "max_new_tokens": "max_completion_length",
     "dora": "use_dora",
     "rslora": "use_rslora",
     "trials": "n_trials",

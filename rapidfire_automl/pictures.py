@@ -70,7 +70,7 @@ def draw_curves(
     if base_value is not None and not math.isfinite(base_value):
         base_value = None
     figure, axes = frame(8.6, 4.9)
-    low, high, log = _limits(shown, base_value, maximize)
+    low, high, log = limits(shown, base_value, maximize)
     if log:
         axes.set_yscale("log")
         axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5), numticks=12))
@@ -87,9 +87,9 @@ def draw_curves(
         width = 2.8 if number == best else 1.8 if kept else 1.0
         axes.plot(xs, ys, color=colour, linewidth=width, zorder=4 if number == best else 3 if kept else 2,
                   solid_capstyle="round", solid_joinstyle="round")  # fmt: skip
-        _mark_end(axes, xs, ys, (low, high), record, colour, best=number == best)
+        mark_end(axes, xs, ys, (low, high), record, colour, best=number == best)
         if kept and xs and math.isfinite(ys[-1]) and low <= ys[-1] <= high and xs[-1] == chunks:
-            ends.append((ys[-1], _name(number, record, shown), colour, number == best))
+            ends.append((ys[-1], trial_name(number, record, shown), colour, number == best))
     if base_value is not None:
         axes.axhline(base_value, color=INK, linewidth=1.1, linestyle=(0, (5, 3)), zorder=2.5)
         axes.annotate("untrained base", (chunks, base_value), xytext=(16, 0), textcoords="offset points",
@@ -210,7 +210,7 @@ def _busy_strip(figure: Figure, axes: Axes, shown: Mapping[int, TrialRecord], sl
         side.set_visible(False)
 
 
-def _limits(shown: Mapping[int, TrialRecord], base_value: float | None, maximize: bool) -> tuple[float, float, bool]:
+def limits(shown: Mapping[int, TrialRecord], base_value: float | None, maximize: bool) -> tuple[float, float, bool]:
     """The vertical range, and whether it is logarithmic.
 
     The bad end lies a little beyond the base and the better half of the trials that were kept: one that went further
@@ -248,7 +248,7 @@ def _points(values: Sequence[float], base_value: float | None) -> tuple[list[flo
     return xs, ys
 
 
-def _mark_end(
+def mark_end(
     axes: Axes,
     xs: Sequence[float],
     ys: Sequence[float],
@@ -320,7 +320,7 @@ def _inches(axes: Axes) -> float:
     return axes.get_position().width * axes.figure.get_figwidth()  # type: ignore[union-attr]
 
 
-def _name(number: int, record: TrialRecord, shown: Mapping[int, TrialRecord]) -> str:
+def trial_name(number: int, record: TrialRecord, shown: Mapping[int, TrialRecord]) -> str:
     """The number and the first two parameters that differ between trials: `#7  lr 4.1e-4 · r 16`."""
     varied = [name for name in record.params if len({repr(r.params.get(name)) for r in shown.values()}) > 1]
     parts = [short_param(name, record.params[name]) for name in varied[:2]]

@@ -6,26 +6,31 @@ builds the executor, the study and the objective, and hands them to `run_search`
 
 from __future__ import annotations
 
-import importlib
 import inspect
+import json
 import math
-import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import optuna
 
+from rapidfire_automl import rl
 from rapidfire_automl import space as spaces
 from rapidfire_automl.data import check_files, load_data
 from rapidfire_automl.events import Listener
-from rapidfire_automl.fields import TRAINERS, check_fields
+from rapidfire_automl.fields import TRAINERS, args_defaults, check_fields, eval_sampling
 from rapidfire_automl.hints import unknown
+from rapidfire_automl.jsonable import dumps
+from rapidfire_automl.lookups import FACTS, check_base, find_base, first_line, load, no_such, run_dir_of, storage
+from rapidfire_automl.metrics import METRICS
+from rapidfire_automl.rewards import RewardFunc, as_rewards, check_columns
 from rapidfire_automl.samplers import ChunkSampler
 from rapidfire_automl.search import SearchResult, run_search
-from rapidfire_automl.settings import Plugin, Settings, SettingsError
+from rapidfire_automl.settings import GENERATING, Settings, SettingsError
 from rapidfire_automl.space import Space
+from rapidfire_automl.tables import Plugin
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -40,7 +45,6 @@ _SAMPLERS = {
     "qmc": "QMCSampler",
     "nsgaii": "NSGAIISampler",
 }
-_METRICS = ("nll", "preference_loss", "preference_accuracy", "reward_margin")
 
 
 @dataclass(frozen=True)
@@ -56,6 +60,8 @@ class Program:
         pruner: Judges them.
         metric: A name the executor knows, a function, or None for the trainer's own.
         run_dir: Where the search will be written; not made yet.
+        rewards: The reward functions, of trainers that generate.
+        facts: What is searched, to tell the search that goes on from another one.
     """
 
     settings: Settings
@@ -66,6 +72,8 @@ class Program:
     pruner: optuna.pruners.BasePruner
     metric: str | Callable[..., Any] | None
     run_dir: Path
+    rewards: tuple[RewardFunc, ...] = ()
+    facts: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def n_trials(self) -> int:
@@ -87,17 +95,22 @@ def prepare(settings: Settings, folder: Path, name: str = "search") -> Program:
         SettingsError: What is wrong, one line per mistake.
     """
     check_files(settings, folder)
-    run_dir = _run_dir(settings.output.dir, name)
+    facts = _facts(settings)
+    run_dir = run_dir_of(settings.output.dir, name, facts)
     sampler, pruner = build_sampler(settings), build_pruner(settings)
-    metric = _metric(settings.search.metric)
+    metric = _metric(settings)
+    rewards = _rewards(settings, folder)
     space = check_fields(settings)
-    base = _find_base(settings.base.model, folder)
+    base = find_base(settings.base.model, folder)
     settings = settings.model_copy(update={"base": settings.base.model_copy(update={"model": base})})
     train, held_out = load_data(settings, folder)
+    for key, rows in (("data.train", train), ("data.eval", held_out)):
+        if rewards:
+            _check_rows(key, rows, rewards)
     _check_steps(settings, space, len(train))
-    program = Program(settings, space, train, held_out, sampler, pruner, metric, run_dir)
+    program = Program(settings, space, train, held_out, sampler, pruner, metric, run_dir, rewards, facts)
     _try_out(program)
-    _check_base(base)
+    check_base(base)
     return program
 
 
@@ -139,7 +152,7 @@ def build_executor(program: Program) -> RapidFireExecutor:
         try:
             tokenizer = AutoTokenizer.from_pretrained(base.tokenizer)
         except (OSError, ValueError) as error:
-            raise SettingsError(f"`base.tokenizer`: {base.tokenizer} cannot be loaded: {_first_line(error)}") from error
+            raise SettingsError(f"`base.tokenizer`: {base.tokenizer} cannot be loaded: {first_line(error)}") from error
     return RapidFireExecutor(
         base.model,
         slots=search.slots,
@@ -151,6 +164,7 @@ def build_executor(program: Program) -> RapidFireExecutor:
         metric=program.metric,
         cost=search.cost,
         eval_batch_size=search.eval_batch_size,
+        eval_sampling=eval_sampling(program.settings, program.space) if program.rewards else None,
         output_dir=program.run_dir,
     )
 
@@ -174,6 +188,7 @@ def build_objective(program: Program, executor: Any) -> Callable[[optuna.Trial],
             train_dataset=program.train,
             eval_dataset=program.held_out,
             processing_class=executor.tokenizer,
+            **({"reward_funcs": list(program.rewards)} if program.rewards else {}),
         )
         trainer.remove_callback(PrinterCallback)  # it prints each log line to stdout when tqdm is off
         return trainer
@@ -182,26 +197,40 @@ def build_objective(program: Program, executor: Any) -> Callable[[optuna.Trial],
 
 
 def build_study(program: Program) -> optuna.Study:
-    """A new study; with `sampler = "grid"` its trials wait in it."""
+    """A new study, or that of the search that goes on; with `sampler = "grid"` its trials wait in it."""
     search = program.settings.search
+    goes_on = (program.run_dir / FACTS).exists()
+    program.run_dir.mkdir(parents=True, exist_ok=True)
+    where = search.storage or str((program.run_dir / "study.db").absolute())
     try:
         study = optuna.create_study(
-            storage=_storage(search.storage),
-            study_name=search.study,
-            direction=search.direction,
+            storage=storage(where),
+            study_name=search.study or "search",
+            load_if_exists=goes_on,
+            direction=program.settings.direction,
             sampler=program.sampler,
             pruner=program.pruner,
         )
     except optuna.exceptions.DuplicatedStudyError:
-        raise SettingsError(
-            f"`search.study`: {search.storage} already has a study {search.study}; take another name."
-        ) from None
+        raise SettingsError(f"`search.study`: {where} already has a study {search.study}; take another name.") from None
     except Exception as error:  # every storage has its own kinds of errors
-        raise SettingsError(f"`search.storage`: {search.storage} cannot be opened: {_first_line(error)}") from error
-    if search.sampler.name == "grid":
+        raise SettingsError(f"`search.storage`: {where} cannot be opened: {first_line(error)}") from error
+    if search.sampler.name == "grid" and not study.get_trials(deepcopy=False):
         for point in program.space.grid():
             study.enqueue_trial(point.params)
+    (program.run_dir / FACTS).write_text(dumps(program.facts, indent=2) + "\n", encoding="utf-8")
     return study
+
+
+def _facts(settings: Settings) -> dict[str, Any]:
+    """What is searched, by key; how long it may take is no part of that."""
+    facts: dict[str, Any] = {}
+    for table, value in settings.model_dump(mode="json").items():
+        entries = value.items() if isinstance(value, dict) else [("", value)]
+        facts.update({f"{table}.{key}".rstrip("."): inner for key, inner in entries})
+    free = ("search.n_trials", "search.slots", "search.timeout_s", "output.dir", "output.mlflow")
+    plain: dict[str, Any] = json.loads(dumps({key: value for key, value in facts.items() if key not in free}))
+    return plain
 
 
 def build_sampler(settings: Settings) -> optuna.samplers.BaseSampler:
@@ -212,13 +241,13 @@ def build_sampler(settings: Settings) -> optuna.samplers.BaseSampler:
             raise SettingsError("`search.sampler`: a grid takes no arguments; the choices stand in [space].")
         return optuna.samplers.RandomSampler(seed=settings.search.seed)
     if ":" in plugin.name:
-        cls = _load(plugin.name, "search.sampler")
+        cls = load(plugin.name, "search.sampler")
     elif plugin.name == "chunk":
         cls = ChunkSampler
     elif plugin.name in _SAMPLERS:
         cls = getattr(optuna.samplers, _SAMPLERS[plugin.name])
     else:
-        raise SettingsError(_no_such("search.sampler", plugin.name, [*_SAMPLERS, "chunk", "grid"]))
+        raise SettingsError(no_such("search.sampler", plugin.name, [*_SAMPLERS, "chunk", "grid"]))
     sampler: optuna.samplers.BaseSampler
     sampler = _build(plugin, cls, "search.sampler", optuna.samplers.BaseSampler, settings.search.seed)
     return sampler
@@ -230,7 +259,7 @@ def build_pruner(settings: Settings) -> optuna.pruners.BasePruner:
 
     plugin = settings.search.policy
     if ":" in plugin.name:
-        cls = _load(plugin.name, "search.policy")
+        cls = load(plugin.name, "search.policy")
         if inspect.isclass(cls) and issubclass(cls, optuna.pruners.BasePruner):
             pruner: optuna.pruners.BasePruner = _build(plugin, cls, "search.policy", optuna.pruners.BasePruner)
             return pruner
@@ -254,76 +283,35 @@ def _build(plugin: Plugin, cls: Any, key: str, kind: type, seed: int | None = No
     try:
         return cls(**{**seeded, **plugin.arguments})
     except Exception as error:  # whatever a class of the user's own raises
-        raise SettingsError(f"`{key}`: {plugin.name} cannot be built: {_first_line(error)}") from error
+        raise SettingsError(f"`{key}`: {plugin.name} cannot be built: {first_line(error)}") from error
 
 
-def _load(name: str, key: str) -> Any:
-    """The object that "package.module:Name" means."""
-    module, _, attribute = name.partition(":")
-    try:
-        return getattr(importlib.import_module(module), attribute)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise SettingsError(f"`{key}`: {name} cannot be imported: {_first_line(error)}") from None
-
-
-def _no_such(key: str, name: str, known: Sequence[str]) -> str:
-    return f'`{key}` must be one of {", ".join(known)} or "package.module:Name", got "{name}".'
-
-
-def _metric(name: str | None) -> str | Callable[..., Any] | None:
-    if name is None or name in _METRICS:
+def _metric(settings: Settings) -> str | Callable[..., Any] | None:
+    name, mine = settings.search.metric, METRICS[settings.trainer.upper()]
+    if name is None or name in mine:
         return name
     if ":" not in name:
-        raise SettingsError(_no_such("search.metric", name, _METRICS))
-    metric = _load(name, "search.metric")
+        raise SettingsError(no_such("search.metric", name, mine))
+    metric = load(name, "search.metric")
     if not callable(metric):
         raise SettingsError(f"`search.metric`: {name} is no function.")
     return metric  # type: ignore[no-any-return]
 
 
-def _storage(text: str | None) -> str | optuna.storages.BaseStorage | None:
-    """A URL is taken as it is; a file is a journal if it ends in .log, else SQLite."""
-    if text is None or "://" in text:
-        return text
-    if text.endswith(".log"):
-        from optuna.storages.journal import JournalFileBackend
-
-        return optuna.storages.JournalStorage(JournalFileBackend(text))
-    return f"sqlite:///{text}"
-
-
-def _run_dir(given: str | None, name: str) -> Path:
-    if given is not None:
-        if (Path(given) / "summary.json").exists():
-            raise SettingsError(f"`output.dir`: {given} already holds a search; name another folder.")
-        return Path(given)
-    taken, folder = 1, Path("runs") / name
-    while folder.exists():
-        taken += 1
-        folder = Path("runs") / f"{name}-{taken}"
-    return folder
-
-
-def _find_base(model: str, folder: Path) -> str:
-    """The folder or hub id that `base.model` means."""
-    for path in (folder / model, Path(model).expanduser()):
-        if path.is_dir():
-            if not (path / "config.json").is_file():
-                raise SettingsError(f"`base.model`: {path} holds no model, it has no config.json.")
-            return str(path)
-    if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", model) or model.startswith("."):
-        raise SettingsError(f"`base.model`: there is no folder {model}, and it is no hub id either.")
-    return model
-
-
-def _check_base(model: str) -> None:
-    """Read the base's configuration, a few hundred bytes, so that a misspelt name is found now."""
-    from transformers import AutoConfig
-
+def _rewards(settings: Settings, folder: Path) -> tuple[RewardFunc, ...]:
+    if settings.trainer not in GENERATING:
+        return ()
     try:
-        AutoConfig.from_pretrained(model)
-    except Exception as error:  # the hub, the network and the parser have their own kinds of errors
-        raise SettingsError(f"`base.model`: {model} cannot be loaded: {_first_line(error)}") from error
+        return tuple(as_rewards(settings.reward, "reward", folder))
+    except ValueError as error:
+        raise SettingsError(str(error)) from None
+
+
+def _check_rows(key: str, rows: Dataset, rewards: Sequence[RewardFunc]) -> None:
+    try:
+        check_columns(rewards, rows.column_names, key)
+    except ValueError as error:
+        raise SettingsError(str(error)) from None
 
 
 def _with_defaults(args: Mapping[str, Any], settings: Settings, output_dir: Path) -> dict[str, Any]:
@@ -347,8 +335,17 @@ def _accelerator() -> bool:
 
 
 def _check_steps(settings: Settings, space: Space, examples: int) -> None:
-    """Every trial must have at least as many optimizer steps as chunks, so that each chunk has one."""
+    """Every trial must have at least as many optimizer steps, or generation batches, as chunks: each ends at one."""
     args = space.value["args"]
+    if settings.trainer in GENERATING:
+        defaults = args_defaults(settings.trainer)
+        try:
+            rl.check_length(
+                args, defaults, prompts=examples, chunks=settings.search.chunks, chunks_name="search.chunks"
+            )
+        except ValueError as error:
+            raise SettingsError(str(error)) from None
+        return
     if args.get("packing"):
         return
     most = {name: _largest(args.get(name, 8 if "batch" in name else 1)) for name in _BATCH}
@@ -390,7 +387,7 @@ def _try_out(program: Program) -> None:
         config = getattr(trl, TRAINERS[program.settings.trainer][1])
         config(**_with_defaults(choice["args"], program.settings, program.run_dir / "trials" / "0"))
     except Exception as error:  # both raise what they like
-        raise SettingsError(f"A trial of this search cannot be built: {_first_line(error)}") from error
+        raise SettingsError(f"A trial of this search cannot be built: {first_line(error)}") from error
     try:
         from rapidfire_automl.executor.seams import refuse
     except ImportError:  # moved; the executor itself refuses then
@@ -399,8 +396,3 @@ def _try_out(program: Program) -> None:
         refuse(lora)
     except ValueError as error:
         raise SettingsError(f"[lora] {error}") from None
-
-
-def _first_line(error: BaseException) -> str:
-    lines = [line for line in str(error).strip().splitlines() if line.strip()]
-    return lines[0].strip() if lines else type(error).__name__

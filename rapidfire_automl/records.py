@@ -65,6 +65,11 @@ class TrialRecord:
         """The last value of each objective; empty before the first chunk is done."""
         return self.vectors[-1] if self.vectors else tuple(self.values[-1:])
 
+    @property
+    def standing(self) -> dict[str, float]:
+        """Chunks done and the last value, as the numbers of a verdict; without a value none."""
+        return {"resource": len(self.values), "value": self.values[-1]} if self.values else {}
+
     def add_chunk(
         self,
         vector: tuple[float, ...],

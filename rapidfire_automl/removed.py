@@ -159,9 +159,35 @@ REMOVED: Mapping[str, Removed] = {
     "use_logits_to_keep": _dropped("It only saved memory; TRL scores completions only now.", "DPOConfig"),
 }
 
+_PROMPTS = "TRL no longer cuts prompts. Leave long ones out of the data set, or shorten them in `formatting_func`."
+_VLLM = "Rollouts of all trials are generated together here, without vLLM."
+
+REMOVED_OF_RL: Mapping[str, Removed] = {
+    # trl.GRPOConfig
+    "ds3_gather_for_generation": _dropped("It belonged to DeepSpeed ZeRO-3.", harmless=(None, True, False)),
+    "max_prompt_length": _dropped(_PROMPTS, harmless=(None,)),
+    "use_liger_loss": _dropped("It only saved memory; TRL's own head is chunked now."),
+    "vllm_device": _dropped(_VLLM, harmless=(None, "auto")),
+    "vllm_dtype": _dropped(_VLLM, harmless=(None, "auto")),
+    "vllm_enable_prefix_caching": _dropped(_VLLM, harmless=(None, True, False)),
+    "vllm_guided_decoding_regex": Removed(_VLLM),
+    "vllm_init_kwargs": _dropped(_VLLM, harmless=(None, {})),
+    "vllm_max_model_len": _dropped(_VLLM, harmless=(None,)),
+    "wandb_log_unique_prompts": _now("log_unique_prompts"),
+    # trl.RLOOConfig as it was before it took GRPO's names
+    "cliprange": _now("epsilon"),
+    "kl_coef": _now("beta"),
+    "num_ppo_epochs": _now("num_iterations"),
+    "response_length": _now("max_completion_length"),
+    "rloo_k": _now("num_generations"),
+}
+"""As `REMOVED`, for the two configs whose trainers generate; it goes before."""
+
 
 def removed(name: str, config: str) -> Removed | None:
     """The entry of a field that `config` (a class of TRL, by name) no longer has; None if it never had it."""
+    if config in ("GRPOConfig", "RLOOConfig") and name in REMOVED_OF_RL:
+        return REMOVED_OF_RL[name]
     entry = REMOVED.get(name)
     return entry if entry is not None and entry.only in (None, config) else None
 

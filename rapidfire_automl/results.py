@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 import optuna
 
+from rapidfire_automl.rankings import generates
+
 if TYPE_CHECKING:
     from rapidfire_automl.records import TrialRecord
     from rapidfire_automl.search import SearchResult
@@ -20,7 +22,7 @@ class GroupResult:
     """One search: the configurations of one group on one base.
 
     Args:
-        trainer_type: "SFT" or "DPO".
+        trainer_type: "SFT", "DPO", "GRPO" or "RLOO".
         model_name: The base.
         study: The Optuna study; its trials are numbered as `records` and `result` are.
         first_run_id: Run id of trial 0. Run ids go on from search to search, trial numbers start at 0 in each.
@@ -44,6 +46,7 @@ class GroupResult:
     def runs(self) -> Iterator[dict[str, Any]]:
         """One row a trial."""
         best = None if self.result is None else self.result.best_trial
+        generating = generates(self.records)
         for number, record in sorted(self.records.items()):
             yield {
                 "run_id": self.first_run_id + number,
@@ -60,6 +63,7 @@ class GroupResult:
                 "error": record.error,
                 "seconds": sum(record.seconds),
                 "tokens": sum(record.tokens),
+                **({"generated": sum(record.generated)} if generating else {}),
                 **record.params,
             }
 

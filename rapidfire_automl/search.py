@@ -8,20 +8,19 @@ from __future__ import annotations
 import logging
 import math
 import os
-import threading
-import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
-from typing import TYPE_CHECKING, Any, Protocol, Self
+from typing import TYPE_CHECKING, Any, Protocol
 
 from optuna.study import StudyDirection
 
 from rapidfire_automl.events import Event, Listener
+from rapidfire_automl.journal import FILE, Journal
 from rapidfire_automl.jsonable import dumps, jsonable
 from rapidfire_automl.mailboxes import FolderMailbox
+from rapidfire_automl.rankings import generates, rank
 from rapidfire_automl.versions import installed
 from rapidfire_policies.base import TrialState
 
@@ -103,6 +102,19 @@ class SearchResult:
     run_dir: Path
     summary: dict[str, Any]
 
+    def why(self, trial: int) -> str:
+        """Why a trial stopped, or how it stands, and what it would have taken to go on; a sentence or two.
+
+        Args:
+            trial: Its number.
+
+        Raises:
+            ValueError: The run folder is gone, or knows no such trial.
+        """
+        from rapidfire_automl.stories import why
+
+        return why(trial, self.run_dir)
+
 
 class SearchFailed(RuntimeError):
     """Every trial failed. The run folder is written all the same; `result` is what stands in it."""
@@ -134,6 +146,9 @@ def run_search(
     own: bool = False,
 ) -> SearchResult:
     """Search, and write `events.jsonl`, `summary.json`, `plan.json`, `curves.png` and `timeline.png`.
+
+    Where trials generate what they train on, there are also `generated.png`, values against generated tokens, and
+    `rankings` in the summary: who is best at equal steps, and who at equal cost.
 
     Args:
         executor: A `RapidFireExecutor`, entered or not.
@@ -168,7 +183,8 @@ def run_search(
     before = set(executor.records)
     tracker = _mlflow(mlflow_experiment, run_dir)
     maximize = study.direction is StudyDirection.MAXIMIZE
-    with _Journal(run_dir / "events.jsonl", [*([tracker] if tracker else []), *listeners]) as journal:
+    with Journal(run_dir / FILE, [*([tracker] if tracker else []), *listeners]) as journal:
+        journal(_started(executor, study, n_trials))
         executor.add_listener(journal)
         if hasattr(executor, "add_mailbox"):
             executor.add_mailbox(FolderMailbox(run_dir))
@@ -180,6 +196,7 @@ def run_search(
                 status = "interrupted"
                 raise
             finally:
+                journal(Event("search_ended", journal.elapsed_s, data={"status": status}))
                 records = {n: r for n, r in sorted(executor.records.items()) if n not in before}
                 result = _result(executor, records, journal, run_dir, status, maximize, facts or {})
                 _write(result, executor, records, journal.chunk_ends_s)
@@ -218,43 +235,10 @@ def _optimize(
     return "failed" if all_failed() else "complete"
 
 
-class _Journal:
-    """The listener that keeps `events.jsonl`, and what only events tell, and passes every event on."""
-
-    def __init__(self, path: Path, listeners: Iterable[Listener]) -> None:
-        self._file = path.open("a", encoding="utf-8")
-        self._listeners = tuple(listeners)
-        self._lock = threading.Lock()
-        self.start_s = time.monotonic()
-        self.first_verdict_s: float | None = None
-        self.chunk_ends_s: dict[int, list[float]] = {}
-
-    def __call__(self, event: Event) -> None:
-        """Write the event down and pass it on; an event that comes after the end is dropped."""
-        with self._lock:
-            if self._file.closed:
-                return
-            if event.kind == "verdict" and self.first_verdict_s is None:
-                self.first_verdict_s = self.elapsed_s
-            if event.kind == "chunk_done" and event.trial is not None:
-                self.chunk_ends_s.setdefault(event.trial, []).append(event.time_s)
-            self._file.write(dumps(event) + "\n")
-            self._file.flush()
-            for listener in self._listeners:
-                listener(event)
-
-    @property
-    def elapsed_s(self) -> float:
-        return time.monotonic() - self.start_s
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        with self._lock:
-            self._file.close()
+def _started(executor: Executor, study: optuna.Study, n_trials: int) -> Event:
+    """What a reader of the events has to know about all that follow."""
+    about = {"study": study.study_name, "direction": study.direction.name.lower(), "n_trials": n_trials}
+    return Event("search_started", 0.0, data={**about, "chunks": executor.chunks, "slots": executor.slots})
 
 
 def best_trial(records: Mapping[int, TrialRecord], *, maximize: bool) -> int | None:
@@ -272,7 +256,7 @@ def best_trial(records: Mapping[int, TrialRecord], *, maximize: bool) -> int | N
 def _result(
     executor: Executor,
     records: Mapping[int, TrialRecord],
-    journal: _Journal,
+    journal: Journal,
     run_dir: Path,
     status: str,
     maximize: bool,
@@ -287,6 +271,7 @@ def _result(
         for r in records.values()
     )
     wall_s = journal.elapsed_s
+    generating = generates(records)
     summary = {
         "status": status,
         "best_trial": best,
@@ -303,7 +288,8 @@ def _result(
         "slots": executor.slots,
         "chunks": executor.chunks,
         "seed": getattr(executor, "seed", None),
-        "trials": [_trial(r) for r in records.values()],
+        "trials": [_trial(r, generating) for r in records.values()],
+        **({"rankings": rank(records, maximize=maximize)} if generating else {}),
         "explain": _explain(executor),
         "versions": installed(),
     }
@@ -323,8 +309,8 @@ def _result(
     )
 
 
-def _trial(record: TrialRecord) -> dict[str, Any]:
-    """A trial's entry in the summary: everything but its per-example scores."""
+def _trial(record: TrialRecord, generating: bool) -> dict[str, Any]:
+    """A trial's entry in the summary: everything but its per-example scores; `generated` where any trial does."""
     return {
         "number": record.number,
         "state": record.state,
@@ -333,6 +319,7 @@ def _trial(record: TrialRecord) -> dict[str, Any]:
         "metrics": record.metrics,
         "seconds": record.seconds,
         "tokens": record.tokens,
+        **({"generated": record.generated} if generating else {}),
         "boundaries": record.boundaries,
         "verdicts": [{"chunk": c, "verdict": str(v), "reason": reason} for c, v, reason in record.verdicts],
         "spans": record.spans,
@@ -360,6 +347,7 @@ def _write(
 ) -> None:
     """Write the run folder: the numbers first, and the pictures after them."""
     from rapidfire_automl import pictures
+    from rapidfire_automl.cost_picture import draw_cost
 
     plan = getattr(executor, "plan", None)
     if plan is not None:
@@ -380,6 +368,14 @@ def _write(
             base_value=result.base_value,
             maximize=maximize,
         )
+        if generates(records):
+            drawn["generated"] = draw_cost(
+                result.run_dir / "generated.png",
+                records,
+                best=result.best_trial,
+                base_value=result.base_value,
+                maximize=maximize,
+            )
         drawn["timeline"] = pictures.draw_timeline(
             result.run_dir / "timeline.png",
             records,

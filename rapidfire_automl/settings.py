@@ -15,7 +15,6 @@ from typing import Annotated, Any, Literal, Self, get_args
 from pydantic import (
     BaseModel,
     BeforeValidator,
-    ConfigDict,
     Discriminator,
     Field,
     Tag,
@@ -24,8 +23,22 @@ from pydantic import (
 )
 
 from rapidfire_automl.hints import unknown
+from rapidfire_automl.tables import (
+    Base,
+    Data,
+    Evaluation,
+    Output,
+    Range,
+    ReasoningGym,
+    Search,
+    Table,
+    looks_numeric,
+    named,
+)
 
-TrainerName = Literal["sft", "dpo"]
+TrainerName = Literal["sft", "dpo", "grpo", "rloo"]
+GENERATING: tuple[TrainerName, ...] = ("grpo", "rloo")
+"""Trainer kinds that learn from rewards for what they generate."""
 Scalar = bool | int | float | str | None
 
 
@@ -33,124 +46,8 @@ class SettingsError(ValueError):
     """A search file, or an override of one of its keys, that cannot be run; the message has one line per mistake."""
 
 
-class _Table(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
-
-
-class Base(_Table):
-    """`[base]`: the frozen model that all trials share; `base = "name"` is short for `base.model`."""
-
-    model: str = Field(min_length=1)
-    tokenizer: str | None = None
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    device: str | None = None
-
-
-class Data(_Table):
-    """`[data]`: files (.jsonl, .json, .csv, .parquet; beside the search file or in the current folder) or hub ids.
-
-    Give `eval`, or `eval_split` (another split of `train`), or `eval_fraction` (held out of `train` at random).
-    """
-
-    train: str = Field(min_length=1)
-    eval: str | None = None
-    split: str = "train"
-    eval_split: str | None = None
-    eval_fraction: float | None = Field(default=None, gt=0, lt=1)
-    subset: str | None = None
-    max_train: int | None = Field(default=None, ge=1)
-    max_eval: int | None = Field(default=None, ge=1)
-
-    @model_validator(mode="after")
-    def _some_held_out(self) -> Self:
-        if self.eval is None and self.eval_split is None and self.eval_fraction is None:
-            raise ValueError(
-                "`data.eval` is missing: trials are compared on held-out examples. "
-                "Name a file or data set, or hold some out with `eval_fraction = 0.1`."
-            )
-        if self.eval_fraction is not None and (self.eval is not None or self.eval_split is not None):
-            raise ValueError("`data.eval_fraction` and `data.eval` exclude each other; drop one.")
-        return self
-
-
-def _as_number(value: object) -> object:
-    """An int stays an int and a float a float: which of them the bounds are says what is drawn."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        quotes = " Write it without quotes." if isinstance(value, str) and _looks_numeric(value) else ""
-        raise ValueError(f"must be a number, got {_named(value)}.{quotes}")
-    if not math.isfinite(value):
-        raise ValueError(f"must be finite, got {value}.")
-    return value
-
-
-Number = Annotated[Any, BeforeValidator(_as_number)]
-
-
-class Range(_Table):
-    """`{low = 1e-5, high = 1e-2, log = true}`: numbers between two bounds, both included."""
-
-    low: Number
-    high: Number
-    log: bool = False
-    step: Number = None
-
-    @model_validator(mode="after")
-    def _bounds(self) -> Self:
-        if self.low >= self.high:
-            raise ValueError(f"`low` must be below `high`, got {self.low} and {self.high}.")
-        if self.log and self.low <= 0:
-            raise ValueError(f"`low` must be > 0 on a log scale, got {self.low}.")
-        if self.step is not None and (self.log or self.step <= 0):
-            raise ValueError("`step` must be > 0 and does not go with `log = true`.")
-        return self
-
-
-class Plugin(BaseModel):
-    """A sampler or policy: its name, or `"package.module:Class"`, beside the arguments it is built with."""
-
-    model_config = ConfigDict(extra="allow", frozen=True, strict=True)
-    name: str = Field(min_length=1)
-
-    @property
-    def arguments(self) -> dict[str, Any]:
-        """Everything but the name."""
-        return dict(self.__pydantic_extra__ or {})
-
-
-def _named_or(default: str) -> BeforeValidator:
-    """A bare string is a name; a table without one means the default's."""
-
-    def as_table(value: object) -> object:
-        if isinstance(value, Mapping):
-            return {"name": default, **value}
-        return {"name": value} if isinstance(value, str) else value
-
-    return BeforeValidator(as_table)
-
-
-class Search(_Table):
-    """`[search]`: how many trials, how they are judged, and by whom the next one is proposed."""
-
-    n_trials: int = Field(default=16, ge=1)
-    slots: int = Field(default=8, ge=1)
-    chunks: int = Field(default=8, ge=1)
-    seed: int = Field(default=0, ge=0)
-    direction: Literal["minimize", "maximize"] = "minimize"
-    metric: str | None = None
-    cost: Literal["tokens", "seconds"] = "tokens"
-    eval_batch_size: int = Field(default=16, ge=1)
-    sampler: Annotated[Plugin, _named_or("tpe")] = Plugin(name="tpe")
-    policy: Annotated[Plugin, _named_or("auto")] = Plugin(name="auto")
-    storage: str | None = None
-    study: str | None = None
-    timeout_s: float | None = Field(default=None, gt=0)
-
-
-class Output(_Table):
-    """`[output]`: where the search is written, and an MLflow experiment's name to log to besides."""
-
-    dir: str | None = None
-    mlflow: str | None = None
+def _as_names(value: object) -> object:
+    return tuple(value) if isinstance(value, list) else (value,) if isinstance(value, str) else value
 
 
 def _as_base(value: object) -> object:
@@ -193,15 +90,17 @@ Domain = Annotated[
 ]
 
 
-class Settings(_Table):
+class Settings(Table):
     """A whole search file."""
 
     base: Annotated[Base, BeforeValidator(_as_base)]
     data: Data
     trainer: TrainerName = "sft"
+    reward: Annotated[tuple[str, ...], BeforeValidator(_as_names)] = ()
     args: dict[str, Any] = Field(default_factory=dict)
     lora: dict[str, Any] = Field(default_factory=dict)
     space: Annotated[dict[str, Domain], BeforeValidator(_flatten_space)]
+    evaluation: Evaluation = Evaluation()
     search: Search = Search()
     output: Output = Output()
 
@@ -212,6 +111,28 @@ class Settings(_Table):
                 "`space` is empty: name at least one field to search, like `learning_rate = {low = 1e-5, high = 1e-2}`."
             )
         return self
+
+    @model_validator(mode="after")
+    def _rewards_for_those_who_generate(self) -> Self:
+        if self.trainer in GENERATING:
+            if not self.reward:
+                one = "reasoning_gym" if self.data.reasoning_gym else "module:function"
+                raise ValueError(
+                    f'`reward` is missing: trainer {self.trainer} learns from rewards. Write `reward = "{one}"`.'
+                )
+            return self
+        for name in ("reward", "evaluation"):
+            if name in self.model_fields_set:
+                raise ValueError(
+                    f'`{name}` is for {" and ".join(GENERATING)}, got `trainer = "{self.trainer}"`; drop it.'
+                )
+        return self
+
+    @property
+    def direction(self) -> Literal["minimize", "maximize"]:
+        """The direction that is given, or else the metric's own: a reward is maximised, all else minimised."""
+        rewarded = self.trainer in GENERATING and self.search.metric in (None, "reward")
+        return self.search.direction or ("maximize" if rewarded else "minimize")
 
 
 def load_settings(path: str | Path, overrides: Iterable[str] = ()) -> Settings:
@@ -248,6 +169,10 @@ def parse_settings(raw: Mapping[str, Any], overrides: Iterable[str] = ()) -> Set
         raise SettingsError("\n".join(lines)) from None
 
 
+_SHORT = {"base": "model", "sampler": "name", "policy": "name", "reasoning_gym": "tasks"}
+"""Tables for which a bare string is short, and the key that it stands for."""
+
+
 def apply_override(raw: Mapping[str, Any], override: str) -> dict[str, Any]:
     """Set one key, `search.n_trials=16` or `space.r=[4, 8]`, in a copy of a search file's tree.
 
@@ -265,8 +190,8 @@ def apply_override(raw: Mapping[str, Any], override: str) -> dict[str, Any]:
     at = tree
     for depth, part in enumerate(parts[:-1]):
         inner = at.get(part, {})
-        if isinstance(inner, str) and parts[depth] in ("base", "sampler", "policy"):
-            inner = {"model" if part == "base" else "name": inner}
+        if isinstance(inner, str) and parts[depth] in _SHORT:
+            inner = {_SHORT[parts[depth]]: inner}
         if not isinstance(inner, Mapping):
             raise SettingsError(f"`{'.'.join(parts[: depth + 1])}` is no table, so `{key.strip()}` cannot be set.")
         at[part] = dict(inner)
@@ -288,8 +213,22 @@ def toml_value(text: str) -> Any:
     return read["value"] if read.keys() == {"value"} else text.strip()
 
 
-_TABLES: dict[str, type[BaseModel]] = {"base": Base, "data": Data, "search": Search, "output": Output}
-_WANTED = {"int": "an integer", "float": "a number", "bool": "true or false", "string": "a string", "dict": "a table"}
+_TABLES: dict[str, type[BaseModel]] = {
+    "base": Base,
+    "data": Data,
+    "data.reasoning_gym": ReasoningGym,
+    "evaluation": Evaluation,
+    "search": Search,
+    "output": Output,
+}
+_WANTED = {
+    "int": "an integer",
+    "float": "a number",
+    "bool": "true or false",
+    "string": "a string",
+    "dict": "a table",
+    "tuple": "a name or a list of names",
+}
 
 
 def _line(problem: Any) -> str:
@@ -304,7 +243,7 @@ def _line(problem: Any) -> str:
         return f"`{where}` is missing."
     if kind == "value_error":
         message = str(problem["ctx"]["error"])
-        if message.startswith(("`data", "`space")):
+        if message.startswith(("`data", "`space", "`reward`", "`evaluation`")):
             return message
         return f"`{where}`: {message}" if message.startswith("`") else f"`{where}` {message}"
     if kind == "literal_error":
@@ -323,8 +262,8 @@ def _line(problem: Any) -> str:
     if kind.startswith("model"):
         wanted = "a table"
     if wanted:
-        quotes = " Write it without quotes." if isinstance(got, str) and _looks_numeric(got) else ""
-        return f"`{where}` must be {wanted}, got {_named(got)}.{quotes}"
+        quotes = " Write it without quotes." if isinstance(got, str) and looks_numeric(got) else ""
+        return f"`{where}` must be {wanted}, got {named(got)}.{quotes}"
     return f"`{where}`: {problem['msg']} (got {got!r})."
 
 
@@ -333,20 +272,8 @@ def _known(path: list[str]) -> Iterable[str]:
         return Settings.model_fields
     if path[0] == "space":
         return Range.model_fields
-    table = _TABLES.get(path[0])
+    table = _TABLES.get(".".join(path)) or _TABLES.get(path[0])
     return table.model_fields if table else ()
-
-
-def _looks_numeric(text: str) -> bool:
-    try:
-        float(text)
-    except ValueError:
-        return text in ("true", "false")
-    return True
-
-
-def _named(value: object) -> str:
-    return f'the string "{value}"' if isinstance(value, str) else repr(value)
 
 
 def trainer_names() -> tuple[str, ...]:

@@ -60,6 +60,9 @@ class MlflowListener:
             return
         if event.kind == "chunk_done":
             self._metric(run, "value", event.data["value"], step=event.chunk or 0)
+            if event.data.get("generated"):
+                for name in ("generated", "tokens"):
+                    self._metric(run, name, event.data[name], step=event.chunk or 0)
         elif event.kind == "verdict":
             self._client.set_tag(run, "verdict", f"{event.data['verdict']}: {event.data.get('reason', '')}")
         elif event.kind == "trial_ended":

@@ -8,13 +8,20 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from rapidfire_automl import rl
 from rapidfire_automl.configs import FieldConfig, RFModelConfig
 from rapidfire_automl.generation import AnswerScores
+from rapidfire_automl.rewards import as_rewards
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
-TRAINERS: Mapping[str, str] = {"SFT": "SFTTrainer", "DPO": "DPOTrainer"}
+TRAINERS: Mapping[str, str] = {
+    "SFT": "SFTTrainer",
+    "DPO": "DPOTrainer",
+    "GRPO": "GRPOTrainer",
+    "RLOO": "RLOOTrainer",
+}
 """Trainer type -> TRL's class."""
 
 SAMPLE_SIZE = 64
@@ -96,7 +103,7 @@ def build_trainer(
 
     Args:
         config: Nothing left to choose.
-        trainer_type: "SFT" or "DPO".
+        trainer_type: "SFT", "DPO", "GRPO" or "RLOO".
         model: The trial's clone of the base.
         tokenizer: The base's.
         data: The data sets, not formatted.
@@ -121,6 +128,9 @@ def build_trainer(
         answers = AnswerScores(
             evaluation, tokenizer, config.compute_metrics, config.generation_config, args.per_device_eval_batch_size
         )
+    own: dict[str, Any] = {"compute_metrics": config.compute_metrics if answers is None else None}
+    if trainer_type in rl.TRAINERS:
+        own = {"reward_funcs": as_rewards(config.reward_funcs)}
     trainer = getattr(trl, TRAINERS[trainer_type])(
         model=model,
         args=args,
@@ -128,8 +138,8 @@ def build_trainer(
         train_dataset=train,
         eval_dataset=evaluation,
         processing_class=tokenizer,
-        compute_metrics=config.compute_metrics if answers is None else None,
         callbacks=[_callback(logs, answers)],
+        **own,
     )
     trainer.answer_scores = answers
     trainer.answer_logs = logs

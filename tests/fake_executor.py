@@ -28,6 +28,7 @@ class FakeExecutor:
         interrupt_after: Raise KeyboardInterrupt after so many chunks.
         prune: Whether to stop trials.
         pace_s: Real seconds to sleep per round.
+        generates: Tokens that a chunk generates for each of `num_generations`.
     """
 
     def __init__(
@@ -41,6 +42,7 @@ class FakeExecutor:
         interrupt_after: int | None = None,
         prune: bool = True,
         pace_s: float = 0.0,
+        generates: int = 0,
     ) -> None:
         self.slots, self.chunks, self.seed = slots, chunks, seed
         self.base_value: float | None = None
@@ -49,7 +51,7 @@ class FakeExecutor:
         self._listeners: list[Listener] = []
         self._fails, self._values = dict(fails or {}), dict(values or {})
         self._interrupt_after, self._prune, self._pace_s = interrupt_after, prune, pace_s
-        self._now, self._done = 0.0, 0
+        self._now, self._done, self._generates = 0.0, 0, generates
         self._random = random.Random(seed)
 
     def add_listener(self, listener: Listener) -> None:
@@ -128,6 +130,7 @@ class FakeExecutor:
             record.values.append(self._value(trial, len(record.values) + 1))
             record.seconds.append(seconds / len(live))
             record.tokens.append(960)
+            record.generated.append(self._generates * int(trial.params.get("num_generations", 1)))
             self._hold(record, start)
             self._done += 1
             self._tell(
@@ -137,6 +140,7 @@ class FakeExecutor:
                 value=record.values[-1],
                 seconds=record.seconds[-1],
                 tokens=960,
+                generated=record.generated[-1],
             )
             if self._interrupt_after is not None and self._done >= self._interrupt_after:
                 raise KeyboardInterrupt

@@ -184,7 +184,7 @@ def test_real_trl_and_peft_configs_are_taken():
 @pytest.mark.parametrize(
     ("make", "words"),
     [
-        (lambda: RFGridSearch(config(), "GRPO"), "GRPO is not supported yet. Known: SFT, DPO"),
+        (lambda: RFGridSearch(config(), "GRPO"), "`training_args` must be RFGRPOConfig"),
         (lambda: RFGridSearch(config(), "SFTT"), "Did you mean 'SFT'"),
         (lambda: RFGridSearch(config(training_args=None)), "`trainer_type` must be given"),
         (lambda: RFGridSearch([], "SFT"), "at least one RFModelConfig"),

@@ -9,8 +9,9 @@ from typing import Any
 
 import pytest
 
+from rapidfire_automl.cost_picture import draw_cost
 from rapidfire_automl.drawing import clock, colours_of, short_param, time_ticks
-from rapidfire_automl.pictures import _bars, _limits, draw_curves, draw_timeline
+from rapidfire_automl.pictures import _bars, draw_curves, draw_timeline, limits
 from rapidfire_automl.records import TrialRecord
 from rapidfire_policies.base import TrialState
 
@@ -65,16 +66,16 @@ def test_pyplot_is_left_alone(tmp_path: Path) -> None:
 
 def test_a_diverged_trial_does_not_flatten_the_others() -> None:
     shown = {0: record(0, [2.0, 1.0]), 1: record(1, [5.0, 900.0], TrialState.STOPPED)}
-    low, high, log = _limits(shown, 2.3, maximize=False)
+    low, high, log = limits(shown, 2.3, maximize=False)
     assert low < 1.0
     assert 2.3 < high < 3.5
     assert not log
 
 
 def test_log_axis_only_where_it_helps() -> None:
-    assert _limits({0: record(0, [1.0, 0.01])}, 2.3, maximize=False)[2]
-    assert not _limits({0: record(0, [1.0, 0.5])}, 2.3, maximize=False)[2]
-    assert not _limits({0: record(0, [0.1, 0.9])}, 0.01, maximize=True)[2]
+    assert limits({0: record(0, [1.0, 0.01])}, 2.3, maximize=False)[2]
+    assert not limits({0: record(0, [1.0, 0.5])}, 2.3, maximize=False)[2]
+    assert not limits({0: record(0, [0.1, 0.9])}, 0.01, maximize=True)[2]
 
 
 def test_bars_are_cut_at_chunk_ends() -> None:
@@ -97,3 +98,15 @@ def test_words() -> None:
     assert clock(0.5) == "0.5 s"
     assert time_ticks(1.2, 9.0) == [2, 3, 4, 5, 6, 7, 8, 9]
     assert all(len(time_ticks(3.0, end)) <= 9 for end in (3.1, 5.0, 100.0, 1e4, 1e6))
+
+
+def test_the_cost_of_a_value(tmp_path: Path) -> None:
+    records = {
+        0: TrialRecord(0, {"num_generations": 4}, TrialState.COMPLETE, [0.2, 0.4], generated=[400, 420]),
+        1: TrialRecord(1, {"num_generations": 16}, TrialState.COMPLETE, [0.3, 0.5], generated=[1600, 1500]),
+        2: TrialRecord(2, {"num_generations": 8}, TrialState.STOPPED, [0.1], generated=[800]),
+        3: TrialRecord(3, {"num_generations": 8}, TrialState.FAILED, [math.nan], generated=[800]),
+        4: TrialRecord(4, {}, TrialState.COMPLETE, [0.3, 0.5], generated=[0, 0]),
+    }
+    assert draw_cost(tmp_path / "cost.png", records, best=1, maximize=True).stat().st_size > 10_000
+    assert draw_cost(tmp_path / "none.png", {}, best=None).is_file()

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from rapidfire_automl.program import prepare
+from rapidfire_automl.settings import load_settings
 from tests.tiny.data import sums
 
 ROOT = Path(__file__).parent.parent
@@ -16,6 +18,9 @@ SMALLER = {
     "n_trials=32": "n_trials=5",
     "slots=8": "slots=4",
     "num_runs=8": "num_runs=3",
+    "n_trials=12": "n_trials=2",
+    '"chain_sum", 256, 32': '"chain_sum", 16, 4',
+    '"max_completion_length": 32': '"max_completion_length": 4',
 }
 
 
@@ -30,7 +35,7 @@ def test_the_readme_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
     sums(48, seed=0).to_json("train.jsonl")
     sums(16, seed=1).to_json("eval.jsonl")
     code = blocks(ROOT / "README.md", "python")
-    assert len(code) == 2
+    assert len(code) == 3
     names: dict[str, object] = {"__name__": "__main__"}
     for block in code:
         for old, new in SMALLER.items():
@@ -41,6 +46,16 @@ def test_the_readme_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
     adapter = Path(study.best_trial.user_attrs["rapidfire:adapter"])  # type: ignore[attr-defined]
     assert (adapter / "adapter_model.safetensors").is_file()
     assert capsys.readouterr().out
+    rankings = names["fit"].best.summary["rankings"]  # type: ignore[attr-defined]
+    assert {place["trial"] for place in rankings["equal_steps"]} <= {0, 1}
+
+
+def test_the_readmes_search_file_is_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (text,) = blocks(ROOT / "README.md", "toml")
+    (tmp_path / "search.toml").write_text(text)
+    prepared = prepare(load_settings("search.toml", [f"base.model='{ROOT / 'tests' / 'tiny' / 'model'}'"]), tmp_path)
+    assert prepared.n_trials == 16
 
 
 def test_every_file_the_readme_names_exists() -> None:

@@ -22,7 +22,8 @@ def search(run_dir: Path, executor: FakeExecutor, n_trials: int = 12, **options:
     study = optuna.create_study(
         direction=options.pop("direction", "minimize"), sampler=optuna.samplers.RandomSampler(seed=0)
     )
-    return run_search(executor, fake_objective, study=study, n_trials=n_trials, run_dir=run_dir, **options)
+    objective = options.pop("objective", fake_objective)
+    return run_search(executor, objective, study=study, n_trials=n_trials, run_dir=run_dir, **options)
 
 
 def read(run_dir: Path) -> dict[str, Any]:
@@ -68,6 +69,21 @@ def test_events_are_kept_and_passed_on(tmp_path: Path) -> None:
     lines = strict_lines(tmp_path / "events.jsonl")
     assert len(lines) == 2 * len(heard)
     assert [line["kind"] for line in lines[: len(heard)]] == [event.kind for event in heard]
+    assert [line["seq"] for line in lines] == list(range(1, len(lines) + 1))
+    assert (heard[0].kind, heard[-1].kind) == ("search_started", "search_ended")
+    assert heard[0].data | {"study": ""} == {
+        "study": "", "direction": "minimize", "n_trials": 12, "chunks": 8, "slots": 8,
+    }  # fmt: skip
+    assert heard[-1].data == {"status": "complete"}
+
+
+def test_a_result_says_why(tmp_path: Path) -> None:
+    values = {0: [0.5, 0.4], 1: [0.3, 0.2], 2: [0.9, 0.9], 3: [0.8, 0.8]}
+    result = search(tmp_path, FakeExecutor(4, 2, values=values), n_trials=4)
+    assert result.why(1) == "Trial 1 is complete after chunk 2 of 2 at 0.2, 1st of 2 complete trials."
+    assert result.why(2).startswith("Trial 2 was stopped after chunk 1 of 2 at 0.9: ")
+    with pytest.raises(ValueError, match=r"`trial` must be one that has started \(0 to 3\), got 4"):
+        result.why(4)
 
 
 def test_not_finite_is_never_the_best_and_never_breaks_json(tmp_path: Path) -> None:
@@ -171,6 +187,12 @@ def test_mlflow_has_a_run_per_trial(tmp_path: Path) -> None:
     history = client.get_metric_history(best.info.run_id, "value")
     assert [point.value for point in history] == result.values[result.best_trial]  # type: ignore[index]
     assert runs[tmp_path.name].data.metrics["best_value"] == result.best_value
+    assert "generated" not in best.data.metrics
+    (tmp_path / "rl").mkdir()
+    search(tmp_path / "rl", FakeExecutor(generates=7, chunks=2), n_trials=1, mlflow_experiment="rl")
+    client = MlflowClient(f"sqlite:///{tmp_path / 'rl' / 'mlflow.db'}")
+    (run,) = client.search_runs([client.get_experiment_by_name("rl").experiment_id], "metrics.generated > 0")
+    assert (run.data.metrics["generated"], run.data.metrics["tokens"]) == (7, 960)
 
 
 def test_jsonable() -> None:
@@ -182,3 +204,32 @@ def test_jsonable() -> None:
     assert dumps(Event("step", 1.0, data={"step": 3})) == (
         '{"kind": "step", "time_s": 1.0, "trial": null, "chunk": null, "data": {"step": 3}}'
     )
+
+
+def sweep(trial: optuna.Trial) -> None:
+    """Three group sizes in turn."""
+    size = (4, 8, 16)[trial.number % 3]
+    trial.suggest_int("num_generations", size, size)
+
+
+def test_a_search_that_generates_is_ranked_by_steps_and_by_cost(tmp_path: Path) -> None:
+    values = {0: [0.2, 0.3, 0.4, 0.5], 1: [0.3, 0.45, 0.55, 0.6], 2: [0.35, 0.5, 0.6, 0.7]}
+    executor = FakeExecutor(chunks=4, values=values, prune=False, generates=1000)
+    result = search(tmp_path, executor, 3, direction="maximize", objective=sweep)
+    assert {path.name for path in tmp_path.iterdir()} == FILES | {"generated.png"}
+    summary = read(tmp_path)
+    assert [trial["generated"] for trial in summary["trials"]] == [[n * 1000] * 4 for n in (4, 8, 16)]
+    found = summary["rankings"]
+    assert [(place["trial"], place["value"]) for place in found["equal_steps"]] == [(2, 0.7), (1, 0.6), (0, 0.5)]
+    # 4 x 4960 tokens pay for two chunks of 8960 and for one of 16960.
+    assert (found["chunks"], found["tokens"]) == (4, 19840)
+    assert [(place["trial"], place["chunk"]) for place in found["equal_cost"]] == [(0, 4), (1, 2), (2, 1)]
+    assert Path(result.summary["pictures"]["generated"]) == tmp_path / "generated.png"
+    done = [line for line in strict_lines(tmp_path / "events.jsonl") if line["kind"] == "chunk_done"]
+    assert sum(line["data"]["generated"] for line in done) == 4 * 28000
+
+
+def test_a_search_that_generates_nothing_has_none_of_it(tmp_path: Path) -> None:
+    summary = search(tmp_path, FakeExecutor(), 4).summary
+    assert "rankings" not in summary
+    assert "generated" not in summary["trials"][0]

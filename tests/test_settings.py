@@ -93,7 +93,7 @@ def test_bad_policies(policy: str, expected: str) -> None:
         ("space.learning_rate.low=0.0", "`low` must be > 0 on a log scale"),
         ("space.r=[]", "`space.r` needs at least one choice, got []."),
         ("space.r=4", "A fixed value belongs in [args] or [lora]."),
-        ("trainer=ppo", "`trainer` must be one of 'sft' or 'dpo', got 'ppo'."),
+        ("trainer=ppo", "`trainer` must be one of 'sft', 'dpo', 'grpo' or 'rloo', got 'ppo'."),
         ("search.direction=up", "`search.direction` must be one of"),
         ("data.eval_fraction=0.1", "`data.eval_fraction` and `data.eval` exclude each other"),
         ("data.train=''", "`data.train` must not be empty."),

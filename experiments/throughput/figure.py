@@ -41,8 +41,7 @@ def draw(results: Mapping[str, Any], path: Path) -> Path | None:
         left = 0.72 + (panel + 0.65) * place
         axes = figure.add_axes((left / width, 0.62 / height, panel / width, (height - 1.85) / height))
         _panel(axes, [cell for cell in cells if cell["base"] == base], colours, top)
-        parameters = results["bases"][base]["parameters"]
-        size = f"{parameters / 1e9:.1f}B" if parameters >= 1e9 else f"{parameters / 1e6:.0f}M"
+        size = size_of(results["bases"][base]["parameters"])
         axes.set_title(f"{base}, {size} parameters", loc="left", fontsize=10, color=INK, pad=8)
         axes.set_xlabel("tokens of a trial's step")
         if place == 0:
@@ -61,9 +60,20 @@ def _panel(axes: Any, cells: list[Any], colours: Mapping[int, str], top: float) 
     axes.minorticks_off()
     axes.set_ylim(0, 1.08 * max(top, 1.0))
     axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}×")
+    plain(axes)
+    axes.axhline(1, color=MUTED, linewidth=1, linestyle=(0, (4, 3)))
+    for n, colour in colours.items():
+        line = sorted((cell for cell in cells if cell["trials"] == n), key=lambda cell: cell["tokens"])
+        x = [cell["tokens"] for cell in line]
+        low, middle, high = ([cell["speedup"][name] for cell in line] for name in ("low", "median", "high"))
+        axes.fill_between(x, low, high, color=colour, alpha=0.18, linewidth=0)
+        axes.plot(x, middle, color=colour, linewidth=2, marker="o", markersize=4.5, markeredgecolor="white", zorder=3)
+
+
+def plain(axes: Any) -> None:
+    """A panel's axes: a line below, faint lines across."""
     axes.grid(axis="y", color=FAINT, linewidth=0.8)
     axes.set_axisbelow(True)
-    axes.axhline(1, color=MUTED, linewidth=1, linestyle=(0, (4, 3)))
     for side in ("top", "right", "left"):
         axes.spines[side].set_visible(False)
     axes.spines["bottom"].set_color("#cbd2d9")
@@ -71,12 +81,19 @@ def _panel(axes: Any, cells: list[Any], colours: Mapping[int, str], top: float) 
     axes.tick_params(axis="y", length=0)
     for label in (axes.xaxis.label, axes.yaxis.label):
         label.set(color=MUTED, fontsize=9.5)
-    for n, colour in colours.items():
-        line = sorted((cell for cell in cells if cell["trials"] == n), key=lambda cell: cell["tokens"])
-        x = [cell["tokens"] for cell in line]
-        low, middle, high = ([cell["speedup"][name] for cell in line] for name in ("low", "median", "high"))
-        axes.fill_between(x, low, high, color=colour, alpha=0.18, linewidth=0)
-        axes.plot(x, middle, color=colour, linewidth=2, marker="o", markersize=4.5, markeredgecolor="white", zorder=3)
+
+
+def size_of(parameters: float) -> str:
+    """`135M`, `8.0B`."""
+    return f"{parameters / 1e9:.1f}B" if parameters >= 1e9 else f"{parameters / 1e6:.0f}M"
+
+
+def machine_of(results: Mapping[str, Any]) -> str:
+    """What it was measured on, in short."""
+    if results["config"]["device"] != "cpu":
+        return str(results["hardware"]["gpu"])
+    cpus = results["hardware"]["cpus"]
+    return "1 CPU" if cpus == 1 else f"{cpus} CPUs"
 
 
 def _heading(figure: Any, results: Mapping[str, Any], cells: list[Any], counts: list[int], colours: Any) -> None:
@@ -91,15 +108,11 @@ def _heading(figure: Any, results: Mapping[str, Any], cells: list[Any], counts: 
         left, 1 - 0.17 * inch, f"Up to {ratio:.1f}× serial TRL: {many}, {best['tokens']} tokens a step",
         va="top", fontsize=13, weight="bold", color=INK,
     )  # fmt: skip
-    machine = results["hardware"]["gpu"]
-    if results["config"]["device"] == "cpu":
-        cpus = results["hardware"]["cpus"]
-        machine = "1 CPU" if cpus == 1 else f"{cpus} CPUs"
     rounds = min(len(cell["rounds"]) for cell in cells)
     figure.text(
         left, 1 - 0.48 * inch,
         f"Medians of {rounds} or more interleaved rounds, bands: 95% interval; "
-        f"{results['config']['dtype']}, LoRA r={results['config']['lora']['r']}, {machine}",
+        f"{results['config']['dtype']}, LoRA r={results['config']['lora']['r']}, {machine_of(results)}",
         va="top", fontsize=9, color=MUTED,
     )  # fmt: skip
     handles = [Line2D([], [], color=colours[n], linewidth=2, marker="o", markersize=4.5) for n in counts]

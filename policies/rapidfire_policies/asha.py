@@ -99,4 +99,5 @@ def _judge(trial: TrialHistory, cuts: Mapping[int, Cut], ladder: tuple[int, ...]
     if cut is None or trial.state is not TrialState.RUNNING:
         ahead = next((rung for rung in ladder if rung > trial.resource), None)
         return Decision(Verdict.CONTINUE, "past the last rung" if ahead is None else f"next rung is {ahead}")
-    return Decision(Verdict.CONTINUE if cut.keeps(trial.number) else Verdict.STOP, cut.words(trial.resource, trial))
+    verdict = Verdict.CONTINUE if cut.keeps(trial.number) else Verdict.STOP
+    return Decision(verdict, cut.words(trial.resource, trial), cut.numbers(trial.resource, trial))

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from rapidfire_policies._arguments import check_int
-from rapidfire_policies.base import Decision, History, Policy, TrialHistory, Verdict
+from rapidfire_policies.base import Decision, History, Policy, TrialHistory, Verdict, numbers_of
 from rapidfire_policies.rising_bound import RisingBound
 from rapidfire_policies.rungs import rank_key
 from rapidfire_policies.survivors import is_finite, keep_one
@@ -75,9 +75,12 @@ class Auto(Policy):
             worst = live.pop()
             words = f"{spent} chunks spent and {left} to come are more than {self.budget}"
             reason = f"budget: {words}; {worst.values[-1]:.4g} is the worst of {len(live) + 1}"
-            over[worst.number] = Decision(Verdict.STOP, reason)
+            numbers = numbers_of(worst, spent=spent, to_come=left, budget=self.budget, peers=len(live))
+            over[worst.number] = Decision(Verdict.STOP, reason, numbers)
             left -= history.chunks - worst.resource
-        return over
+        # A stopped trial would have stayed in the place of the worst that does.
+        cut = {"threshold": live[-1].values[-1], "rival": live[-1].number} if over else {}
+        return {number: replace(said, numbers={**said.numbers, **cut}) for number, said in over.items()}
 
 
 def _stops(decisions: Mapping[int, Decision], trial: TrialHistory) -> bool:

@@ -39,12 +39,41 @@ class TrialState(StrEnum):
     FAILED = "failed"
 
 
+Number = float | int | str | tuple[float | int | str, ...]
+"""What a decision's numbers may be: all of it has a place in JSON, NaN and infinities as text."""
+
+IN_VALUES = frozenset({"value", "threshold", "bound", "lead", "forecast", "best", "first"})
+"""The names of `Decision.numbers` that are in the sign of the values: whoever flips that flips these back."""
+
+
 @dataclass(frozen=True, slots=True)
 class Decision:
-    """A verdict and the one-line reason a person reads beside it."""
+    """A verdict, the one-line reason a person reads beside it, and the numbers the rule looked at.
+
+    Any name will do for a number; these are understood where a verdict is explained (`rapidfire-automl why`):
+
+    - `resource`, `value`: the chunks the trial has done and its value that was judged (`numbers_of` gives both); `rung`
+      where that is the value at an earlier chunk.
+    - `threshold`: with a value below it, all else equal, the trial would have gone on; `rival`, whose value it is.
+    - `rank`, `of`, `keep`: the value is number `rank` of so many, and the best `keep` go on, `ahead` the first ones.
+    - `peers`: the number of others compared with. `lead`: the value that `rival` has. `best`, `first`: the trial's own.
+    - `bound`: what the trial can still reach. `forecast`, `deviation`: where it is believed to end.
+    - `chance` and `least_chance`, `p` and `alpha`, `capital` and `most_capital`, `kl` and `max_kl`: a quantity
+      beside its limit. `flat`: chunks without variance in the reward.
+    - `worse_by`, `worse_by_at_least`: the mean difference to `rival` and its lower bound at a `level`, over `examples`.
+      `short_by`: had every score been better by more, the trial would have gone on.
+    - `cost`, `rival_cost`, `margin`; `paid`: so far; `unit`: of a unit of `rung`. `spent`, `to_come`, `budget`: chunks.
+
+    Args:
+        verdict: What becomes of the trial.
+        reason: Why, in one line.
+        numbers: By name; a STOP and a PAUSE have at least the `value`. They are working, not part of the verdict: two
+            decisions are equal without them.
+    """
 
     verdict: Verdict
     reason: str = ""
+    numbers: Mapping[str, Number] = field(default_factory=dict, compare=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,6 +141,27 @@ class History:
         # Not by `is_live`: one search's rounds look at each of its trials thousands of times.
         running, paused = TrialState.RUNNING, TrialState.PAUSED
         return _by_number([trial for trial in self.trials if trial.state is running or trial.state is paused])
+
+
+def numbers_of(trial: TrialHistory, **more: Number) -> dict[str, Number]:
+    """What every verdict on a trial that has a value starts from: its `resource` and its last `value`.
+
+    >>> numbers_of(TrialHistory(0, (0.5, 0.4)), threshold=0.3)
+    {'resource': 2, 'value': 0.4, 'threshold': 0.3}
+    """
+    return {"resource": trial.resource, "value": trial.values[-1], **more}
+
+
+def flipped(numbers: Mapping[str, Number]) -> dict[str, Number]:
+    """The numbers of a decision about values whose sign was flipped, in the other sign.
+
+    >>> flipped({"resource": 2, "value": -0.8, "threshold": -0.9, "worse_by": 0.1})
+    {'resource': 2, 'value': 0.8, 'threshold': 0.9, 'worse_by': 0.1}
+    """
+    return {
+        name: -number if name in IN_VALUES and isinstance(number, (int, float)) else number
+        for name, number in numbers.items()
+    }
 
 
 def _by_number(trials: list[TrialHistory]) -> tuple[TrialHistory, ...]:

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
 from rapidfire_policies._arguments import check_level
-from rapidfire_policies.base import Decision, History, Policy
+from rapidfire_policies.base import Decision, History, Number, Policy
 from rapidfire_policies.paired import race, spent
 
 LARGEST_BET = 0.9
@@ -86,18 +86,20 @@ class BettingRace(Policy):
         level = spent(self.alpha, history)
         width = self.high - self.low
 
-        def judge(differences: NDArray[np.float64]) -> tuple[NDArray[np.bool_], list[str]]:
+        def judge(differences: NDArray[np.float64]) -> Iterator[tuple[bool, str, dict[str, Number]]]:
             examples = differences.shape[1]
             largest = np.abs(differences).max(axis=1)
             bounded = largest <= width * (1 + 1e-9)
             capitals = np.zeros(len(differences))
             capitals[bounded] = log_capitals(differences[bounded] / width, level).max(axis=1)
-            words = []
-            for mean, most, fits, capital in zip(differences.mean(axis=1), largest, bounded, capitals, strict=True):
-                won = f"worse by {mean:.3g}, capital {math.exp(min(capital, 99)):.3g} of {1 / level:.3g}"
+            columns = (differences.mean(axis=1), largest, bounded, capitals)
+            for mean, most, fits, log_capital in zip(*(column.tolist() for column in columns), strict=True):
+                capital = math.exp(min(log_capital, 99))
+                won = f"worse by {mean:.3g}, capital {capital:.3g} of {1 / level:.3g} ({examples} examples)"
                 beyond = f"a difference of {most:.3g} is beyond `high` - `low` = {width:.3g}: not judged"
-                words.append(f"{won} ({examples} examples)" if fits else beyond)
-            return capitals >= math.log(1 / level), words
+                numbers: dict[str, Number] = {"worse_by": mean, "capital": capital, "most_capital": 1 / level}
+                is_worse = log_capital >= math.log(1 / level)
+                yield is_worse, won if fits else beyond, numbers | {"examples": examples, "level": level}
 
         return race(history, judge)
 

@@ -97,7 +97,7 @@ class CostAware(Policy):
             answers = self.policy.decide(History(shown, chunks=whole, slots=history.slots))
             for number, ledger in ledgers.items():
                 if ledger.is_asked(step):
-                    answer = answers.get(number)
+                    answer = ledger.in_units(answers.get(number))
                     judged[number] = answer if step == 0 else _harder(ledger.trial, judged[number], answer)
         said = {number: answer for number, answer in judged.items() if answer is not None}
         return wake_one(history, keep_one(history, said))
@@ -153,6 +153,15 @@ class _Ledger:
             unseen = self.trial.resource == 0 or self.trial.state is TrialState.PAUSED
             return step == 0 and (unseen or self.diverged)
         return step < self.crossed
+
+    def in_units(self, answer: Decision | None) -> Decision | None:
+        """The inner policy's answer, with numbers that tell its units from chunks."""
+        if answer is None or not answer.numbers:
+            return answer
+        spent = float(self._spent[-1]) if self.trial.resource else 0.0
+        units = {"rung": answer.numbers.get("rung", answer.numbers.get("resource", self.now))}
+        own = {"resource": self.trial.resource, "paid": spent, "unit": self._unit}
+        return replace(answer, numbers={**answer.numbers, **units, **own})
 
     def shown_at(self, resource: int, whole: int) -> TrialHistory:
         """The trial as if it stood at `resource` units, or where it stands if that is less."""

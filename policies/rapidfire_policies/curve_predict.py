@@ -11,10 +11,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rapidfire_policies._arguments import check_int, check_level
-from rapidfire_policies.base import Decision, History, Policy, TrialHistory, TrialState, Verdict
+from rapidfire_policies.base import Decision, History, Policy, TrialHistory, TrialState, Verdict, numbers_of
 from rapidfire_policies.power_laws import forecast
 from rapidfire_policies.rungs import bounded, rank_key
-from rapidfire_policies.survivors import is_finite, keep_one
+from rapidfire_policies.survivors import diverged, is_finite, keep_one
 
 _PRIOR = 20.0
 """Backtests that the ensemble's own spread is worth."""
@@ -84,19 +84,17 @@ class CurvePredict(Policy):
         judged = [t for t in running if is_finite(t) and t.resource >= self.min_resource and t.number not in top]
         if judged:
             leader = min(rivals, key=lambda t: (max(t.values[-2:]), t.number))
-            for number, words, chance in self._chances(history, judged, leader):
-                verdict = Verdict.STOP if chance < self.threshold else Verdict.CONTINUE
-                decisions[number] = Decision(verdict, words)
+            decisions.update(self._chances(history, judged, leader))
         return keep_one(history, decisions)
 
     def _early(self, trial: TrialHistory) -> Decision:
         if not is_finite(trial):
-            return Decision(Verdict.STOP, f"chunk {trial.resource}: the value is {trial.values[-1]}, not finite")
+            return diverged(trial)
         return Decision(Verdict.CONTINUE, f"chunk {trial.resource}: among the best {self.keep}, or too early to judge")
 
     def _chances(
         self, history: History, judged: Iterable[TrialHistory], leader: TrialHistory
-    ) -> Iterable[tuple[int, str, float]]:
+    ) -> Iterable[tuple[int, Decision]]:
         lead = max(value for value in leader.values[-2:] if math.isfinite(value))
         z = self._backtests(history)
         for done, trials in _by_resource(judged):
@@ -104,10 +102,14 @@ class CurvePredict(Policy):
             inside = (cast.weights * (cast.draws < lead)).sum(1)
             outside = (cast.center[:, None] + cast.spread[:, None] * z < lead).sum(1)
             chances = (_PRIOR * inside + outside) / (_PRIOR + len(z))
-            for trial, center, chance in zip(trials, cast.center, chances, strict=True):
+            for trial, center, chance in zip(trials, cast.center.tolist(), chances.tolist(), strict=True):
                 words = f"{trial.values[-1]:.4g} is forecast to end at {center:.3g}"
                 against = f"its chance against {lead:.3g} of trial {leader.number} is {chance:.3f}"
-                yield trial.number, f"chunk {done}: {words}, {against}", float(chance)
+                numbers = numbers_of(
+                    trial, forecast=center, lead=lead, rival=leader.number, chance=chance, least_chance=self.threshold
+                )
+                verdict = Verdict.STOP if chance < self.threshold else Verdict.CONTINUE
+                yield trial.number, Decision(verdict, f"chunk {done}: {words}, {against}", numbers)
 
     def _backtests(self, history: History) -> NDArray[np.float64]:
         """The errors, in spreads, of forecasts from the first halves of the curves."""

@@ -64,5 +64,6 @@ class FixedStep(Policy):
             cut = top(values_at(history, self.chunks), self.keep)
             for trial in judged:
                 verdict = Verdict.CONTINUE if cut.keeps(trial.number) else Verdict.STOP
-                decisions[trial.number] = Decision(verdict, cut.words(self.chunks, trial))
+                numbers = cut.numbers(self.chunks, trial)
+                decisions[trial.number] = Decision(verdict, cut.words(self.chunks, trial), numbers)
         return keep_one(history, decisions | stop_diverged(history))

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from statistics import median
 
 from rapidfire_policies._arguments import check_inner, check_int, check_number
-from rapidfire_policies.base import Decision, History, Policy, TrialHistory, TrialState, Verdict
+from rapidfire_policies.base import Decision, History, Policy, TrialHistory, TrialState, Verdict, numbers_of
 from rapidfire_policies.nop import Nop
 from rapidfire_policies.survivors import is_finite, keep_one, stop_diverged
 
@@ -109,16 +109,19 @@ class Guard(Policy):
             limit = first + (self.divergence - 1) * abs(first)
             if value > limit and value > usual:
                 words = f"{where} {value:.4g} is beyond {self.divergence:.4g} times the first value {first:.4g}"
-                return Decision(Verdict.STOP, words)
+                return Decision(Verdict.STOP, words, numbers_of(trial, threshold=max(limit, usual), first=first))
         if self.max_kl is not None and (kl := trial.metrics.get("kl", ())) and kl[-1] > self.max_kl:
-            return Decision(Verdict.STOP, f"{where} KL {kl[-1]:.4g} is above {self.max_kl:.4g}")
+            words = f"{where} KL {kl[-1]:.4g} is above {self.max_kl:.4g}"
+            return Decision(Verdict.STOP, words, numbers_of(trial, kl=kl[-1], max_kl=self.max_kl))
         if self.flat is not None and self._is_flat(trial, self.flat):
-            return Decision(Verdict.STOP, f"{where} no variance in the reward for {self.flat} chunks")
+            words = f"{where} no variance in the reward for {self.flat} chunks"
+            return Decision(Verdict.STOP, words, numbers_of(trial, flat=self.flat))
         if self.patience is not None and 0 < self.patience < trial.resource:
             best = min(filter(math.isfinite, trial.values[: -self.patience]), default=math.inf)
             limit = best + self.margin * abs(best)
             if all(math.isfinite(v) and v > limit for v in trial.values[-self.patience :]):
-                return Decision(Verdict.COMPLETE, f"{where} {self.patience} values above the best, {best:.4g}")
+                words = f"{where} {self.patience} values above the best, {best:.4g}"
+                return Decision(Verdict.COMPLETE, words, numbers_of(trial, threshold=limit, best=best))
         return None
 
     @staticmethod

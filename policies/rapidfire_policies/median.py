@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rapidfire_policies._arguments import check_int
-from rapidfire_policies.base import Decision, History, Policy, TrialHistory, Verdict
+from rapidfire_policies.base import Decision, History, Policy, TrialHistory, Verdict, numbers_of
 from rapidfire_policies.survivors import is_finite, keep_one, stop_diverged
 
 
@@ -86,7 +86,8 @@ class Median(Policy):
         value = min(filter(math.isfinite, trial.values)) if self.average else trial.values[-1]
         middle = float(peers[(len(peers) - 1) // 2] / 2 + peers[len(peers) // 2] / 2)
         words = f"chunk {trial.resource}: {value:.4g}, median of {len(peers)} peers {middle:.4g}"
-        return Decision(Verdict.STOP if value > middle else Verdict.CONTINUE, words)
+        numbers = numbers_of(trial, value=value, threshold=middle, peers=len(peers))
+        return Decision(Verdict.STOP if value > middle else Verdict.CONTINUE, words, numbers)
 
 
 def without(ascending: NDArray[np.float64], own: float) -> NDArray[np.float64]:

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rapidfire_policies._arguments import check_level, check_number
-from rapidfire_policies.base import Decision, History, Policy, TrialHistory, TrialState, Verdict
+from rapidfire_policies.base import Decision, History, Number, Policy, TrialHistory, TrialState, Verdict, numbers_of
 from rapidfire_policies.paired import look_at, spent, unjudged
 from rapidfire_policies.paired_race import lower_bounds
 from rapidfire_policies.survivors import is_finite, keep_one
@@ -88,7 +88,7 @@ class NonInferior(Policy):
         place = {number: row for row, number in enumerate(look.numbers)}
         kept = (TrialState.RUNNING, TrialState.PAUSED, TrialState.COMPLETE)
         costs = {t.number: _cost(t) for t in history.trials if t.state in kept and is_finite(t) and t.resource >= chunk}
-        at_chunk = {t.number for t in history.running if is_finite(t) and t.resource == chunk}
+        at_chunk = {t.number: t for t in history.running if is_finite(t) and t.resource == chunk}
         decisions: dict[int, Decision] = {}
         best: int | None = None
         waiting: list[int] = []
@@ -98,7 +98,8 @@ class NonInferior(Policy):
                 best, waiting, last = _best(best, waiting, look.means, place), [], costs[number]
             if number in at_chunk:
                 decision = self._compare(number, best, costs, look.scores, place, level)
-                decisions[number] = Decision(decision.verdict, f"chunk {chunk}: {decision.reason}")
+                numbers = numbers_of(at_chunk[number], **decision.numbers)
+                decisions[number] = Decision(decision.verdict, f"chunk {chunk}: {decision.reason}", numbers)
             if number in place and (number not in decisions or decisions[number].verdict is Verdict.CONTINUE):
                 waiting.append(number)
         return decisions
@@ -124,7 +125,18 @@ class NonInferior(Policy):
             f"trial {best} costs {costs[best]:.3g} instead of {costs[number]:.3g} and is worse by "
             f"{-differences.mean():.3g}, at most {-bound:.3g} (margin {self.margin:.3g})"
         )
-        return Decision(Verdict.STOP if bound > -self.margin else Verdict.CONTINUE, words)
+        numbers: dict[str, Number] = {
+            "rival": best,
+            "cost": costs[number],
+            "rival_cost": costs[best],
+            "worse_by": float(differences.mean()),
+            "worse_by_at_least": bound,
+            "short_by": bound + self.margin,
+            "margin": self.margin,
+            "examples": differences.shape[1],
+            "level": level,
+        }
+        return Decision(Verdict.STOP if bound > -self.margin else Verdict.CONTINUE, words, numbers)
 
 
 def _cost(trial: TrialHistory) -> float:

@@ -9,12 +9,12 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from rapidfire_policies.base import Decision, History, TrialHistory, TrialState, Verdict
-from rapidfire_policies.survivors import is_finite, keep_one
+from rapidfire_policies.base import Decision, History, Number, TrialHistory, TrialState, Verdict, numbers_of
+from rapidfire_policies.survivors import diverged, is_finite, keep_one
 
-Judge = Callable[[NDArray[np.float64]], tuple[NDArray[np.bool_], list[str]]]
-"""Differences to a rival, `(trials, examples)` float64, positive where the trial is worse -> who is worse than the
-rival, `(trials,)` bool, and the reasons in words."""
+Judge = Callable[[NDArray[np.float64]], Iterable[tuple[bool, str, dict[str, Number]]]]
+"""Differences to a rival, `(trials, examples)` float64, positive where the trial is worse -> per trial whether it is
+worse than the rival, the reason in words, and in numbers."""
 
 
 @dataclass(frozen=True)
@@ -94,8 +94,7 @@ def unjudged(history: History) -> dict[int, Decision]:
     decisions = {}
     for trial in sorted((t for t in history.trials if t.is_live), key=lambda trial: trial.number):
         if trial.values and not is_finite(trial):
-            words = f"chunk {trial.resource}: the value is {trial.values[-1]}, not finite"
-            decisions[trial.number] = Decision(Verdict.STOP, words)
+            decisions[trial.number] = diverged(trial)
         elif trial.state is TrialState.PAUSED:
             decisions[trial.number] = Decision(Verdict.CONTINUE, "judged after its next chunk")
     return decisions
@@ -120,7 +119,7 @@ def race(history: History, judge: Judge) -> dict[int, Decision]:
         look = look_at(history.trials, chunk)
         place = {number: row for row, number in enumerate(look.numbers)}
         best = int(np.argmin(look.means)) if look.numbers else -1
-        rows = []
+        compared = []
         for trial in (trial for trial in running if trial.resource == chunk):
             row = place.get(trial.number)
             if row is None:
@@ -130,13 +129,14 @@ def race(history: History, judge: Judge) -> dict[int, Decision]:
             elif row == best:
                 words = f"best of {len(look.numbers)}"
             else:
-                rows.append(row)
+                compared.append((row, trial))
                 continue
             decisions[trial.number] = Decision(Verdict.CONTINUE, f"chunk {chunk}: {words}")
-        if rows:
-            worse, reasons = judge(look.scores[rows] - look.scores[best])
-            for row, is_worse, reason in zip(rows, worse, reasons, strict=True):
+        if compared:
+            rival = look.numbers[best]
+            judged = judge(look.scores[[row for row, _ in compared]] - look.scores[best])
+            for (_, trial), (is_worse, reason, numbers) in zip(compared, judged, strict=True):
                 verdict = Verdict.STOP if is_worse else Verdict.CONTINUE
-                words = f"chunk {chunk}: against trial {look.numbers[best]}, {reason}"
-                decisions[look.numbers[row]] = Decision(verdict, words)
+                words = f"chunk {chunk}: against trial {rival}, {reason}"
+                decisions[trial.number] = Decision(verdict, words, numbers_of(trial, rival=rival, **numbers))
     return keep_one(history, decisions)

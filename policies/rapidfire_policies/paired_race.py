@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from scipy.special import stdtrit
 
 from rapidfire_policies._arguments import check_level
-from rapidfire_policies.base import Decision, History, Policy
+from rapidfire_policies.base import Decision, History, Number, Policy
 from rapidfire_policies.paired import race, spent
 
 MIN_EXAMPLES = 20
@@ -78,13 +78,14 @@ class PairedRace(Policy):
         """Judge every running trial against the best at its chunk."""
         level = spent(self.alpha, history)
 
-        def judge(differences: NDArray[np.float64]) -> tuple[NDArray[np.bool_], list[str]]:
+        def judge(differences: NDArray[np.float64]) -> Iterator[tuple[bool, str, dict[str, Number]]]:
             examples = differences.shape[1]
-            bounds = lower_bounds(differences, level)
-            means = differences.mean(axis=1)
-            facts = f"({examples} examples, level {level:.2g})"
-            words = [f"worse by {m:.3g}, at least {b:.3g} {facts}" for m, b in zip(means, bounds, strict=True)]
-            return bounds > 0, words
+            bounds = lower_bounds(differences, level).tolist()
+            for mean, bound in zip(differences.mean(axis=1).tolist(), bounds, strict=True):
+                words = f"worse by {mean:.3g}, at least {bound:.3g} ({examples} examples, level {level:.2g})"
+                # The bound moves with the mean: had all scores been better by more, it would lie below 0.
+                numbers: dict[str, Number] = {"worse_by": mean, "worse_by_at_least": bound, "short_by": bound}
+                yield bound > 0, words, numbers | {"examples": examples, "level": level}
 
         return race(history, judge)
 

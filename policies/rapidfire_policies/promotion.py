@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
-from rapidfire_policies.base import Decision, History, TrialState, Verdict
+from rapidfire_policies.base import Decision, History, TrialState, Verdict, numbers_of
 from rapidfire_policies.rungs import top_fraction, values_at
 from rapidfire_policies.survivors import is_finite, stop_diverged
 
@@ -43,26 +44,30 @@ def promote(
             decisions[trial.number] = Decision(Verdict.CONTINUE, "on its way to a rung")
         elif cap is not None and rung >= cap:
             waiting.append((-rung, cut.ranks[trial.number], trial.number))
-            decisions[trial.number] = Decision(Verdict.PAUSE, f"rung {rung}: waits, the cap is {cap}")
+            numbers = numbers_of(trial, rung=rung, cap=cap)
+            decisions[trial.number] = Decision(Verdict.PAUSE, f"rung {rung}: waits, the cap is {cap}", numbers)
         elif len(cut.ranks) >= reduction_factor and cut.keeps(trial.number):
-            decisions[trial.number] = Decision(Verdict.CONTINUE, cut.words(rung, trial))
+            decisions[trial.number] = Decision(Verdict.CONTINUE, cut.words(rung, trial), cut.numbers(rung, trial))
         else:
             waiting.append((-rung, cut.ranks[trial.number], trial.number))
             keep = len(cut.ranks) // reduction_factor
             words = f"rung {rung}: ranks {cut.ranks[trial.number]} of {len(cut.ranks)}, waits to be among {keep}"
-            decisions[trial.number] = Decision(Verdict.PAUSE, words)
+            rank, of = cut.ranks[trial.number], len(cut.ranks)
+            numbers = cut.numbers(rung, trial) if keep else numbers_of(trial, rung=rung, rank=rank, of=of, keep=0)
+            decisions[trial.number] = Decision(Verdict.PAUSE, words, numbers)
     order = [number for _, _, number in sorted(waiting)]
     for number in order[history.slots :]:
-        decisions[number] = Decision(Verdict.STOP, f"{decisions[number].reason}; {history.slots} better ones wait")
+        words = f"{decisions[number].reason}; {history.slots} better ones wait"
+        numbers = {**decisions[number].numbers, "waiting": history.slots}
+        decisions[number] = Decision(Verdict.STOP, words, numbers)
     if not history.running and not any(d.verdict is Verdict.CONTINUE for d in decisions.values()):
-        decisions |= _end(history, order[: history.slots])
+        decisions |= _end(history, {number: decisions[number] for number in order[: history.slots]})
     return decisions
 
 
-def _end(history: History, waiting: Sequence[int]) -> dict[int, Decision]:
+def _end(history: History, waiting: Mapping[int, Decision]) -> dict[int, Decision]:
     if any(trial.state is TrialState.COMPLETE and is_finite(trial) for trial in history.trials):
-        return {number: Decision(Verdict.STOP, "nobody is to come who could promote it") for number in waiting}
-    return {
-        number: Decision(Verdict.CONTINUE, "the first of those that wait, and no other trains")
-        for number in waiting[:1]
-    }
+        words = "nobody is to come who could promote it"
+        return {number: replace(waits, verdict=Verdict.STOP, reason=words) for number, waits in waiting.items()}
+    words = "the first of those that wait, and no other trains"
+    return {number: Decision(Verdict.CONTINUE, words, waiting[number].numbers) for number in list(waiting)[:1]}

@@ -7,9 +7,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from rapidfire_policies._arguments import check_int, check_number
-from rapidfire_policies.base import Decision, History, Policy, TrialHistory, TrialState, Verdict
+from rapidfire_policies.base import Decision, History, Policy, TrialHistory, TrialState, Verdict, numbers_of
 from rapidfire_policies.rungs import rank_key
-from rapidfire_policies.survivors import is_finite, keep_one
+from rapidfire_policies.survivors import diverged, is_finite, keep_one
 
 
 @dataclass(frozen=True)
@@ -75,16 +75,18 @@ class RisingBound(Policy):
         """Judge every running trial against the rivals that are live or complete."""
         rivals = [t for t in history.trials if (t.is_live or t.state is TrialState.COMPLETE) and is_finite(t)]
         rivals.sort(key=lambda t: rank_key(t.values[-1], t.number))
-        top = {trial.number for trial in rivals[: self.keep]}
+        top = {trial.number: trial.values[-1] for trial in rivals[: self.keep]}
         leader = min(rivals, key=lambda t: (_surely(t.values), t.number), default=None)
         running = [trial for trial in history.running if trial.values]
-        return keep_one(history, {t.number: self._judge(t, leader, t.number in top, history.chunks) for t in running})
+        return keep_one(history, {t.number: self._judge(t, leader, top, history.chunks) for t in running})
 
-    def _judge(self, trial: TrialHistory, leader: TrialHistory | None, is_top: bool, chunks: int) -> Decision:
+    def _judge(
+        self, trial: TrialHistory, leader: TrialHistory | None, top: Mapping[int, float], chunks: int
+    ) -> Decision:
         value, done = trial.values[-1], trial.resource
         if not is_finite(trial) or leader is None:
-            return Decision(Verdict.STOP, f"chunk {done}: the value is {value}, not finite")
-        if is_top:
+            return diverged(trial)
+        if trial.number in top:
             return Decision(Verdict.CONTINUE, f"chunk {done}: {value:.4g} is among the best {self.keep}")
         if done <= self.window:
             return Decision(Verdict.CONTINUE, f"chunk {done}: too early to judge")
@@ -94,12 +96,15 @@ class RisingBound(Policy):
             return Decision(Verdict.CONTINUE, f"chunk {done}: no finite value {width} chunks ago")
         pace = (before - best) / width
         bound, lead = best - (chunks - done) * pace, _surely(leader.values)
+        # The value at which the line would just meet the lead, or that of the last of the best, if that is easier.
+        meets = before + (lead - before) * width / (width + chunks - done)
+        threshold = max(meets, max(top.values()))
+        numbers = numbers_of(trial, threshold=threshold, bound=bound, pace=pace, lead=lead, rival=leader.number)
         if bound <= lead:
-            return Decision(
-                Verdict.CONTINUE, f"chunk {done}: {value:.4g} can reach {bound:.4g}, the lead is {lead:.4g}"
-            )
+            words = f"{value:.4g} can reach {bound:.4g}, the lead is {lead:.4g}"
+            return Decision(Verdict.CONTINUE, f"chunk {done}: {words}", numbers)
         words = f"{value:.4g} can reach {bound:.4g} at its pace of {pace:.3g} a chunk"
-        return Decision(Verdict.STOP, f"chunk {done}: {words}, and trial {leader.number} has {lead:.4g}")
+        return Decision(Verdict.STOP, f"chunk {done}: {words}, and trial {leader.number} has {lead:.4g}", numbers)
 
 
 def _best(values: Sequence[float]) -> float:

@@ -8,12 +8,16 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import islice
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from rapidfire_policies._arguments import check_int
-from rapidfire_policies.base import History, TrialHistory
+from rapidfire_policies.base import History, Number, TrialHistory
+
+MOST_AHEAD = 8
+"""Trials that a verdict names as ahead; all of them, for every trial of a rung, would be the square of their number."""
 
 
 def check_rungs(min_resource: int, reduction_factor: int) -> None:
@@ -62,14 +66,16 @@ class Cut:
     """The outcome of a rung: who ranks where, and how many go on.
 
     Args:
-        ranks: Rank by trial number, 1 is best; every rank occurs once.
+        ranks: Rank by trial number, 1 is best; every rank occurs once, in this order.
         keep: The best `keep` of them go on.
         value: The worst value that goes on.
+        last: The trial that has it.
     """
 
     ranks: Mapping[int, int]
     keep: int
     value: float
+    last: int
 
     def keeps(self, number: int) -> bool:
         """Whether the trial is among the best `keep`."""
@@ -80,6 +86,20 @@ class Cut:
         best = "the best goes on" if self.keep == 1 else f"the best {self.keep} go on"
         place = f"{trial.values[rung - 1]:.4g} ranks {self.ranks[trial.number]} of {len(self.ranks)}"
         return f"rung {rung}: {place}, {best} (cut {self.value:.4g})"
+
+    def numbers(self, rung: int, trial: TrialHistory) -> dict[str, Number]:
+        """What `words` says, as a decision's numbers."""
+        return {
+            "resource": trial.resource,
+            "rung": rung,
+            "value": trial.values[rung - 1],
+            "rank": self.ranks[trial.number],
+            "of": len(self.ranks),
+            "keep": self.keep,
+            "threshold": self.value,
+            "rival": self.last,
+            "ahead": tuple(islice(self.ranks, min(self.keep, MOST_AHEAD))),
+        }
 
 
 def top_fraction(values: Mapping[int, float], reduction_factor: int) -> Cut:
@@ -128,7 +148,8 @@ def top(values: Mapping[int, float], keep: int) -> Cut:
     ranking = numbers[np.lexsort((numbers, np.where(finite, column, 0.0), ~finite))].tolist()
     keep = min(keep, len(ranking))
     ranks = dict(zip(ranking, range(1, len(ranking) + 1), strict=True))
-    return Cut(ranks=ranks, keep=keep, value=values[ranking[keep - 1]])
+    last = ranking[keep - 1]
+    return Cut(ranks=ranks, keep=keep, value=values[last], last=last)
 
 
 def bounded(values: ArrayLike) -> NDArray[np.float64]:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from rapidfire_policies._arguments import check_int
-from rapidfire_policies.base import Decision, History, Policy, TrialHistory, TrialState, Verdict
-from rapidfire_policies.rungs import top_fraction, values_at
-from rapidfire_policies.survivors import is_finite, keep_one
+from rapidfire_policies.base import Decision, History, Policy, TrialHistory, TrialState, Verdict, numbers_of
+from rapidfire_policies.rungs import top, values_at
+from rapidfire_policies.survivors import diverged, is_finite, keep_one
 
 
 @dataclass(frozen=True)
@@ -111,22 +111,23 @@ class SequentialHalving(Policy):
                 free = {t.number for t in here if t.state is TrialState.PAUSED and furthest > end}
                 for number, decision in judged.items():
                     if number not in free or decision.verdict is Verdict.STOP:
-                        judged[number] = Decision(Verdict.PAUSE, "waits for its round to be complete")
+                        judged[number] = replace(
+                            decision, verdict=Verdict.PAUSE, reason="waits for its round to be complete"
+                        )
             decisions.update(judged)
         return keep_one(history, decisions)
 
 
 def _judge(standing: Sequence[TrialHistory], values: Mapping[int, float], number: int) -> dict[int, Decision]:
     """The better half of all values recorded at the end of round `number` goes on."""
-    keep = math.ceil(len(values) / 2)
-    ranks = top_fraction(values, 1).ranks
-    cut = next(value for trial, value in values.items() if ranks[trial] == keep)
-    best = "the best goes on" if keep == 1 else f"the best {keep} go on"
+    cut = top(values, math.ceil(len(values) / 2))
+    best = "the best goes on" if cut.keep == 1 else f"the best {cut.keep} go on"
     return {
         trial.number: Decision(
-            Verdict.CONTINUE if ranks[trial.number] <= keep else Verdict.STOP,
-            f"round {number}, {trial.resource} chunks: {trial.values[-1]:.4g} ranks {ranks[trial.number]} of "
-            f"{len(values)}, {best} (cut {cut:.4g})",
+            Verdict.CONTINUE if cut.keeps(trial.number) else Verdict.STOP,
+            f"round {number}, {trial.resource} chunks: {trial.values[-1]:.4g} ranks {cut.ranks[trial.number]} of "
+            f"{len(values)}, {best} (cut {cut.value:.4g})",
+            cut.numbers(trial.resource, trial),
         )
         for trial in standing
     }
@@ -135,8 +136,8 @@ def _judge(standing: Sequence[TrialHistory], values: Mapping[int, float], number
 def _between(trial: TrialHistory, ends: tuple[int, ...], anyone_runs: bool) -> Decision:
     """What is said of a trial that does not stand at the end of a round."""
     if trial.values and not is_finite(trial):
-        return Decision(Verdict.STOP, f"chunk {trial.resource}: the value is {trial.values[-1]}, not finite")
+        return diverged(trial)
     if anyone_runs and trial.values and trial.resource < max(2, min(ends, default=0)):
-        return Decision(Verdict.PAUSE, "waits until all trials have come")
+        return Decision(Verdict.PAUSE, "waits until all trials have come", numbers_of(trial))
     ahead = next((end for end in ends if end > trial.resource), None)
     return Decision(Verdict.CONTINUE, "past the last round" if ahead is None else f"the round ends at chunk {ahead}")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from rapidfire_policies.base import Decision, History, Policy, TrialHistory, TrialState, Verdict
+from rapidfire_policies.base import Decision, History, Policy, TrialHistory, TrialState, Verdict, numbers_of
 from rapidfire_policies.rungs import check_rungs, rungs, top_fraction
 from rapidfire_policies.survivors import keep_one, stop_diverged
 
@@ -93,8 +93,9 @@ def halve(
         if rung not in ladder:
             decisions[trial.number] = Decision(Verdict.CONTINUE, "on its way to a rung")
         elif (cut := cuts.get(rung)) is None:
-            decisions[trial.number] = Decision(Verdict.PAUSE, f"rung {rung}: waits for the others")
+            waits = numbers_of(trial, rung=rung)
+            decisions[trial.number] = Decision(Verdict.PAUSE, f"rung {rung}: waits for the others", waits)
         else:
             verdict = Verdict.CONTINUE if cut.keeps(trial.number) else Verdict.STOP
-            decisions[trial.number] = Decision(verdict, cut.words(rung, trial))
+            decisions[trial.number] = Decision(verdict, cut.words(rung, trial), cut.numbers(rung, trial))
     return decisions

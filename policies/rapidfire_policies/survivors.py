@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import replace
 
-from rapidfire_policies.base import Decision, History, TrialHistory, TrialState, Verdict
+from rapidfire_policies.base import Decision, History, TrialHistory, TrialState, Verdict, numbers_of
 from rapidfire_policies.rungs import rank_key
 
 
@@ -22,14 +22,16 @@ def is_finite(trial: TrialHistory) -> bool:
 def stop_diverged(history: History) -> dict[int, Decision]:
     """STOP for every live trial whose last value is NaN or infinite, by number.
 
-    >>> stop_diverged(History((TrialHistory(0, (0.5, float("nan"))), TrialHistory(1, (0.5,))), chunks=4))
-    {0: Decision(verdict=<Verdict.STOP: 'stop'>, reason='chunk 2: the value is nan, not finite')}
+    >>> stop_diverged(History((TrialHistory(0, (0.5, float("nan"))), TrialHistory(1, (0.5,))), chunks=4))[0].reason
+    'chunk 2: the value is nan, not finite'
     """
-    return {
-        trial.number: Decision(Verdict.STOP, f"chunk {trial.resource}: the value is {trial.values[-1]}, not finite")
-        for trial in history.live
-        if trial.values and not is_finite(trial)
-    }
+    return {trial.number: diverged(trial) for trial in history.live if trial.values and not is_finite(trial)}
+
+
+def diverged(trial: TrialHistory) -> Decision:
+    """STOP for a trial whose last value is NaN or infinite."""
+    words = f"chunk {trial.resource}: the value is {trial.values[-1]}, not finite"
+    return Decision(Verdict.STOP, words, numbers_of(trial))
 
 
 def survives(trial: TrialHistory, decisions: Mapping[int, Decision]) -> bool:

@@ -32,6 +32,7 @@ _METRICS = (0.0, 0.0, 0.5, 20.0, math.nan)
 _CHUNKS = (1, 2, 3, 4, 6, 9, 12)
 _STATES = tuple(TrialState)
 _STATE_ODDS = (0.5, 0.1, 0.2, 0.1, 0.1)
+_EXPLAINED = (Verdict.STOP, Verdict.PAUSE)
 _STANDING = {Verdict.STOP: 0, Verdict.PAUSE: 1, Verdict.CONTINUE: 2, Verdict.COMPLETE: 2}
 
 
@@ -56,7 +57,8 @@ def check_policy(policy: Policy, *, seed: int = 0, checks: Sequence[Callable[...
 def check_answers(policy: Policy, *, seed: int = 0) -> None:
     """`decide` returns a mapping from numbers of the history to decisions whose reasons are one line.
 
-    It raises nothing. A STOP says why. A trial that has reported nothing yet is not ended: there is nothing to judge.
+    It raises nothing. A STOP and a PAUSE say why. A trial that has reported nothing yet is not ended: there is nothing
+    to judge.
     """
     for history in draw_histories(seed):
         try:
@@ -76,8 +78,32 @@ def check_answers(policy: Policy, *, seed: int = 0) -> None:
             ends = trials[number].is_live and decision.verdict in (Verdict.STOP, Verdict.COMPLETE)
             if ends and not trials[number].values:
                 _fail(policy, f"ends trial {number}, which has no value yet", history)
-            if decision.verdict is Verdict.STOP and not decision.reason:
-                _fail(policy, f"stops trial {number} without a reason", history)
+            if decision.verdict in _EXPLAINED and not decision.reason:
+                _fail(policy, f"says {decision.verdict} to trial {number} without a reason", history)
+
+
+def check_numbers(policy: Policy, *, seed: int = 0) -> None:
+    """The numbers of a decision have a place in JSON, and those of a STOP and a PAUSE hold the trial's own value.
+
+    `value` is one of the trial's values (the last one, or that at the rung where it was judged).
+    """
+    for history in draw_histories(seed):
+        trials = {trial.number: trial for trial in history.trials}
+        for number, decision in policy.decide(history).items():
+            for name, one in decision.numbers.items():
+                plain = isinstance(name, str) and all(
+                    isinstance(part, (int, float, str)) for part in (one if isinstance(one, tuple) else (one,))
+                )
+                if not plain:
+                    what = f"gives trial {number} the number {name!r}: {one!r}, which has no place in JSON"
+                    _fail(policy, what, history)
+            values = trials[number].values
+            if decision.verdict in _EXPLAINED and values:
+                if "value" not in decision.numbers:
+                    fix = "see rapidfire_policies.base.numbers_of"
+                    _fail(policy, f"says {decision.verdict} to trial {number} without its `value` ({fix})", history)
+                if repr(value := decision.numbers["value"]) not in map(repr, values):
+                    _fail(policy, f"judges trial {number} by the value {value}, which it never had", history)
 
 
 def check_empty(policy: Policy, *, seed: int = 0) -> None:
@@ -95,8 +121,8 @@ def check_pure(policy: Policy, *, seed: int = 0) -> None:
     """
     histories = list(draw_histories(seed))
     before = _global_randomness()
-    asked_twice = [(dict(policy.decide(history)), dict(policy.decide(history))) for history in histories]
-    later = [dict(policy.decide(history)) for history in reversed(histories)][::-1]
+    asked_twice = [(_said(policy, history), _said(policy, history)) for history in histories]
+    later = [_said(policy, history) for history in reversed(histories)][::-1]
     if _global_randomness() != before:
         _fail(policy, "draws from a global random generator", histories[0])
     for history, (one, at_once), then in zip(histories, asked_twice, later, strict=True):
@@ -114,11 +140,11 @@ def check_input_untouched(policy: Policy, *, seed: int = 0) -> None:
 
 
 def check_order_invariant(policy: Policy, *, seed: int = 0) -> None:
-    """The order in which `trials` are listed plays no part, reasons included."""
+    """The order in which `trials` are listed plays no part, reasons and numbers included."""
     rng = np.random.default_rng(seed)
     for history in draw_histories(seed):
         shuffled = replace(history, trials=tuple(history.trials[i] for i in rng.permutation(len(history.trials))))
-        one, other = dict(policy.decide(history)), dict(policy.decide(shuffled))
+        one, other = _said(policy, history), _said(policy, shuffled)
         if one != other:
             order = [trial.number for trial in shuffled.trials]
             _fail(policy, f"depends on the order of trials, it says {one}, and {other} in the order {order}", history)
@@ -204,18 +230,19 @@ def check_pickle(policy: Policy, *, seed: int = 0) -> None:
     histories = list(draw_histories(seed))
     try:
         fresh = pickle.loads(pickle.dumps(policy))
-        expected = [dict(policy.decide(history)) for history in histories]
+        expected = [_said(policy, history) for history in histories]
         used = pickle.loads(pickle.dumps(policy))
     except (pickle.PickleError, AttributeError, TypeError) as error:
         raise AssertionError(f"{policy!r} cannot be pickled: {error}") from error
     for history, answer in zip(histories, expected, strict=True):
         for copy in (fresh, used):
-            if dict(copy.decide(history)) != answer:
+            if _said(copy, history) != answer:
                 _fail(policy, f"answers {answer}, but its pickled copy does not", history)
 
 
 CHECKS: tuple[Callable[..., None], ...] = (
     check_answers,
+    check_numbers,
     check_empty,
     check_pure,
     check_input_untouched,
@@ -299,6 +326,12 @@ def _trial(
 def _scores(value: float, rng: np.random.Generator) -> NDArray[np.float64]:
     """Eight per-example scores, shape `(8,)` float64, whose mean is the value."""
     return value + rng.permutation(np.array([-0.5, -0.25, -0.25, 0.0, 0.0, 0.25, 0.25, 0.5]))
+
+
+def _said(policy: Policy, history: History) -> dict[int, tuple[Decision, str]]:
+    """The decisions, with their numbers as comparable data (NaN equals itself)."""
+    decisions = policy.decide(history).items()
+    return {number: (decision, repr(sorted(decision.numbers.items()))) for number, decision in decisions}
 
 
 def _fingerprint(history: History) -> object:

@@ -10,9 +10,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rapidfire_policies._arguments import check_int, check_level, check_number
-from rapidfire_policies.base import Decision, History, Policy, TrialHistory, TrialState, Verdict
+from rapidfire_policies.base import Decision, History, Number, Policy, TrialHistory, TrialState, Verdict, numbers_of
 from rapidfire_policies.rungs import bounded
-from rapidfire_policies.survivors import is_finite, keep_one
+from rapidfire_policies.survivors import diverged, is_finite, keep_one
 
 _DRAWS = 256
 """Draws from the posterior of all trials for one round; the slots are rarely still free after the first few."""
@@ -93,11 +93,7 @@ class TopTwoThompson(Policy):
     def decide(self, history: History) -> Mapping[int, Decision]:
         """Stop who has no chance; when nobody is running, draw who trains next."""
         live = sorted((trial for trial in history.trials if trial.is_live), key=lambda trial: trial.number)
-        decisions = {
-            trial.number: Decision(Verdict.STOP, f"chunk {trial.resource}: the value is {trial.values[-1]}, not finite")
-            for trial in live
-            if trial.values and not is_finite(trial)
-        }
+        decisions = {trial.number: diverged(trial) for trial in live if trial.values and not is_finite(trial)}
         arms = [t for t in history.trials if is_finite(t) and (t.is_live or t.state is TrialState.COMPLETE)]
         if not arms:
             return decisions
@@ -110,7 +106,8 @@ class TopTwoThompson(Policy):
         wait = "waits until all have been seen" if history.running else "not drawn"
         for arm in belief.arms:
             if arm.is_live and arm.number not in judged:
-                judged[arm.number] = Decision(Verdict.PAUSE, f"{wait}; {belief.words(arm.number)}")
+                words = f"{wait}; {belief.words(arm.number)}"
+                judged[arm.number] = Decision(Verdict.PAUSE, words, belief.numbers(arm))
         return keep_one(history, decisions | judged)
 
     def _stopped(self, belief: _Belief, history: History) -> dict[int, Decision]:
@@ -123,11 +120,14 @@ class TopTwoThompson(Policy):
                 continue
             if chance < self.chance:
                 why = f"a chance of {chance:.2g} to beat trial {leader.number}"
+                more: dict[str, Number] = {"chance": chance, "least_chance": self.chance}
             elif spent >= budget:
                 why = f"{spent} of {budget} chunks are spent, trial {leader.number} leads"
+                more = {"spent": spent, "budget": budget}
             else:
                 continue
-            stopped[arm.number] = Decision(Verdict.STOP, f"{belief.words(arm.number)}; {why}")
+            numbers = belief.numbers(arm) | {"rival": leader.number} | more
+            stopped[arm.number] = Decision(Verdict.STOP, f"{belief.words(arm.number)}; {why}", numbers)
         return stopped
 
     def _drawn(
@@ -177,14 +177,18 @@ class _Belief:
         # Two that are known exactly: the one behind has no chance, an equal one has an even one.
         z = np.divide(gap, both, out=np.where(gap < 0, -np.inf, 0.0), where=both > 0)
         self.chances: NDArray[np.float64] = np.array([0.5 * math.erfc(-x / math.sqrt(2)) for x in z.tolist()])
-        self._words = {
-            arm.number: f"ends at {mean:.4g} ± {deviation:.2g}"
-            for arm, mean, deviation in zip(self.arms, self.means.tolist(), self.deviations.tolist(), strict=True)
-        }
+        ends_at = zip(self.means.tolist(), self.deviations.tolist(), strict=True)
+        self._ends_at = dict(zip((arm.number for arm in self.arms), ends_at, strict=True))
 
     def words(self, number: int) -> str:
         """What is believed of a trial."""
-        return self._words[number]
+        mean, deviation = self._ends_at[number]
+        return f"ends at {mean:.4g} ± {deviation:.2g}"
+
+    def numbers(self, trial: TrialHistory) -> dict[str, Number]:
+        """What is believed of a trial, as a decision's numbers."""
+        mean, deviation = self._ends_at[trial.number]
+        return numbers_of(trial, forecast=mean, deviation=deviation)
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from scipy.special import ndtr
 
 from rapidfire_policies._arguments import check_level
-from rapidfire_policies.base import Decision, History, Policy
+from rapidfire_policies.base import Decision, History, Number, Policy
 from rapidfire_policies.paired import race
 
 MOST_EXACT = 50
@@ -68,11 +68,11 @@ class Wilcoxon(Policy):
     def decide(self, history: History) -> Mapping[int, Decision]:
         """Judge every running trial against the best at its chunk."""
 
-        def judge(differences: NDArray[np.float64]) -> tuple[NDArray[np.bool_], list[str]]:
-            p = p_values(differences)
-            facts = f"({differences.shape[1]} examples)"
-            words = [f"worse by {m:.3g}, p = {value:.3g} {facts}" for m, value in zip(differences.mean(axis=1), p)]
-            return p < self.alpha, words
+        def judge(differences: NDArray[np.float64]) -> Iterator[tuple[bool, str, dict[str, Number]]]:
+            examples = differences.shape[1]
+            for mean, p in zip(differences.mean(axis=1).tolist(), p_values(differences).tolist(), strict=True):
+                words = f"worse by {mean:.3g}, p = {p:.3g} ({examples} examples)"
+                yield p < self.alpha, words, {"worse_by": mean, "p": p, "alpha": self.alpha, "examples": examples}
 
         return race(history, judge)
 

@@ -13,12 +13,13 @@ from rich.table import Table
 from rich.text import Text
 
 from rapidfire_automl.cli.view import LIVE, Row, SearchView, against, clock, number
-from rapidfire_automl.drawing import short_param
+from rapidfire_automl.drawing import amount, short_param
 from rapidfire_automl.events import Event, Listener
 
 _VERDICT_STYLE = {"continue": "green", "pause": "yellow", "stop": "red", "complete": "bold green"}
 _STATE_STYLE = {"running": "cyan", "paused": "yellow", "complete": "bold green", "pruned": "dim", "failed": "red"}
 _STATE_NAME = {"pruned": "stopped"}
+_COSTS = ("generated", "trained", "seconds")
 _EIGHTHS = " ▏▎▍▌▋▊▉"
 
 
@@ -75,7 +76,10 @@ class PlainLines:
             yield f"trial {trial} starts: {_params(self._view.rows[trial])}"
         elif event.kind == "chunk_done":
             yield from self._flush(trial)
-            self._unjudged[trial] = f"trial {trial} chunk {event.chunk}/{self._view.chunks}: {number(data['value'])}"
+            generated = data.get("generated", 0)
+            cost = f", {amount(generated)} generated and {amount(data['tokens'])} trained" if generated else ""
+            value = f"{number(data['value'])}{cost}"
+            self._unjudged[trial] = f"trial {trial} chunk {event.chunk}/{self._view.chunks}: {value}"
         elif event.kind == "verdict":
             chunk = self._unjudged.pop(trial, f"trial {trial}")
             reason = f" ({data['reason']})" if data.get("reason") else ""
@@ -171,6 +175,8 @@ def table(view: SearchView, rows: Iterable[Row]) -> Table:
     grid.add_column("parameters", no_wrap=True, overflow="ellipsis", ratio=3, min_width=16)
     grid.add_column("chunk", no_wrap=True)
     grid.add_column("value", justify="right", no_wrap=True)
+    for name in _COSTS if view.generates else ():
+        grid.add_column(name, justify="right", no_wrap=True)
     grid.add_column("state", no_wrap=True)
     grid.add_column("verdict", no_wrap=True, overflow="ellipsis", ratio=4, min_width=12)
     best = view.best
@@ -185,6 +191,7 @@ def table(view: SearchView, rows: Iterable[Row]) -> Table:
             Text(_params(row), style=fade),
             bar(row, view.chunks),
             Text(number(row.value), style=_value_style(row, view, is_best=is_best)),
+            *(Text(text, style=fade) for text in (_costs(row) if view.generates else ())),
             Text(_STATE_NAME.get(row.state, row.state), style=_STATE_STYLE[row.state]),
             verdict,
         )
@@ -206,6 +213,11 @@ def _value_style(row: Row, view: SearchView, *, is_best: bool) -> str:
     if is_best:
         return "bold green"
     return "dim" if row.state == "pruned" else ""
+
+
+def _costs(row: Row) -> tuple[str, str, str]:
+    """Tokens generated, tokens trained, and seconds, in the order of `_COSTS`."""
+    return amount(row.generated), amount(row.tokens), f"{row.seconds:.1f}"
 
 
 def _params(row: Row) -> str:

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
+from rich.table import Table
 from rich.text import Text
 
 from rapidfire_automl.cli.view import against, clock, number
+from rapidfire_automl.drawing import amount, short_param
 from rapidfire_automl.search import SearchResult
 
 _STATES = {
@@ -19,8 +23,14 @@ _STATES = {
 }
 
 
-def show_result(result: SearchResult, console: Console) -> None:
-    """Print the best trial, where its adapter lies, what the search cost, and where the pictures are."""
+def show_result(result: SearchResult, console: Console, *, rankings: bool = True) -> None:
+    """Print the best trial, where its adapter lies, what the search cost, and where the pictures are.
+
+    Args:
+        result: What was found.
+        console: Where to.
+        rankings: Whether to print the table of ranks of a search whose trials generate.
+    """
 
     def line(label: str, text: str, style: str = "") -> None:
         console.print(Text.assemble((f"{label:<10}", "dim"), (text, style)), soft_wrap=True, highlight=False)
@@ -48,9 +58,61 @@ def show_result(result: SearchResult, console: Console) -> None:
             "red",
         )
     line("Time", clock(result.wall_s) + _first_verdict(result))
+    if rankings and "rankings" in result.summary:
+        line("Ranked", _equal(result.summary["rankings"]))
+        console.print(_rankings(result))
     for name, path in result.summary.get("pictures", {}).items():
         line(name.capitalize(), _short(Path(path)))
     line("Summary", _short(result.run_dir / "summary.json"))
+
+
+def _equal(found: Mapping[str, Any]) -> str:
+    """What is equal in the two rankings."""
+    steps = f"after {found['chunks']} chunks each"
+    if found["tokens"] is None:
+        return steps
+    tokens = f"{amount(found['tokens'])} generated and trained tokens, the cost of the cheapest complete trial"
+    cut = " (+: stopped before that)" if any(place["cut"] for place in found["equal_cost"]) else ""
+    return f"{steps}, and by the best value within {tokens}{cut}"
+
+
+def _rankings(result: SearchResult) -> Table:
+    """Every trial's place at equal steps and at equal cost, beside what it cost."""
+    found = result.summary["rankings"]
+    steps = {place["trial"]: (rank, place) for rank, place in enumerate(found["equal_steps"], start=1)}
+    cost = {place["trial"]: (rank, place) for rank, place in enumerate(found["equal_cost"], start=1)}
+    grid = Table(box=None, padding=(0, 2, 0, 0), header_style="dim", pad_edge=False)
+    grid.add_column("trial", justify="right", no_wrap=True)
+    grid.add_column("parameters", no_wrap=True, overflow="ellipsis", ratio=1)
+    for name in ("equal steps", "equal cost", "generated", "trained", "seconds"):
+        grid.add_column(name, justify="right", no_wrap=True, min_width=len(name))
+
+    def order(trial: Mapping[str, Any]) -> tuple[int, int, int]:
+        last = len(result.summary["trials"]) + 1
+        number = trial["number"]
+        return steps.get(number, (last,))[0], cost.get(number, (last,))[0], number
+
+    for trial in sorted(result.summary["trials"], key=order):
+        grid.add_row(
+            f"#{trial['number']}",
+            ", ".join(short_param(name, value) for name, value in trial["params"].items()),
+            _place(steps.get(trial["number"])),
+            _place(cost.get(trial["number"])),
+            amount(sum(trial["generated"])),
+            amount(sum(trial["tokens"])),
+            f"{sum(trial['seconds']):.1f}",
+        )
+    return grid
+
+
+def _place(found: tuple[int, Mapping[str, Any]] | None) -> Text:
+    """`2. 0.61`: the rank and the value; `+` for a trial that was stopped before it had spent the cost."""
+    if found is None:
+        return Text("-", style="dim")
+    rank, place = found
+    return Text(
+        f"{rank}. {number(place['value'])}{'+' if place['cut'] else ''}", style="bold green" if rank == 1 else ""
+    )
 
 
 def cost(result: SearchResult) -> str:

@@ -79,6 +79,6 @@ def search(
     if check_only:
         terminal.say("The search can be run.")
         return None
-    view = SearchView(program.n_trials, wanted.chunks, maximize=wanted.direction == "maximize")
+    view = SearchView(program.n_trials, wanted.chunks, maximize=settings.direction == "maximize")
     with on_screen(view, terminal.console, quiet=terminal.quiet) as listener:
         return programs.execute(program, [listener])

@@ -57,6 +57,10 @@ def quieten() -> None:
         from transformers.utils import logging as transformers_logging
 
         transformers_logging.set_verbosity_error()
+    if "datasets" in sys.modules:
+        from datasets import disable_progress_bars
+
+        disable_progress_bars()
     import optuna
 
     optuna.logging.set_verbosity(optuna.logging.ERROR)

@@ -28,6 +28,9 @@ class Row:
     value: float | None = None
     verdict: str = ""
     reason: str = ""
+    generated: int = 0
+    tokens: int = 0
+    seconds: float = 0.0
 
     @property
     def progress(self) -> float:
@@ -88,6 +91,9 @@ class SearchView:
             row.step = data["step"]
         elif event.kind == "chunk_done":
             row.chunk, row.value = event.chunk or row.chunk + 1, data["value"]
+            row.generated += data.get("generated", 0)
+            row.tokens += data.get("tokens", 0)
+            row.seconds += data.get("seconds", 0.0)
         elif event.kind == "verdict":
             row.verdict, row.reason = str(data["verdict"]), str(data.get("reason", ""))
             if row.state in LIVE:
@@ -128,6 +134,11 @@ class SearchView:
     def chunks_if_all_run(self) -> int:
         """Chunks of all trials if none is stopped."""
         return self.n_trials * self.chunks
+
+    @property
+    def generates(self) -> bool:
+        """Whether any trial has generated something to train on."""
+        return any(row.generated for row in self.rows.values())
 
     def count(self, *states: State) -> int:
         """Trials in one of these states."""

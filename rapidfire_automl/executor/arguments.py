@@ -11,7 +11,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rapidfire_automl.plan import Plan
 
-METRICS = ("nll", "preference_loss", "preference_accuracy", "reward_margin")
+METRICS = ("nll", "preference_loss", "preference_accuracy", "reward_margin", "reward")
 """The built-in metrics' names."""
 COSTS = ("tokens", "seconds")
 """What a policy may see as the cost of a chunk."""

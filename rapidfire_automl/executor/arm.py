@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -35,6 +36,9 @@ class Arm:
         context: Its share of the process-wide state.
         record: Its story.
         minimize: Whether its study minimises, by objective.
+        judged: Chunks on which there is a verdict.
+        final: The verdict on the last of them, where an earlier process has ended it there.
+        restored: What it goes on from, where an earlier process has begun it.
     """
 
     trial: optuna.Trial
@@ -53,8 +57,13 @@ class Arm:
     chunk_tokens: int = 0
     chunk_generated: int = 0
     step: int = 0
+    judged: int = 0
+    reported: int = 0
+    final: Decision | None = None
+    restored: Any = None
     asked: int = 0
     span_start_s: float = 0.0
+    baton_since_s: float = 0.0
     go: threading.Event = field(default_factory=threading.Event)
     decision: Decision | None = None
     trainer: Any = None
@@ -91,6 +100,12 @@ class Arm:
     def put_generator(self, generator: torch.Generator) -> None:
         """Go on from where a pass's draws have left off."""
         self.context.take(generator)
+
+    def charge_baton(self) -> None:
+        """Charge the chunk with the time since the arm was handed the baton, or was charged last."""
+        now = time.perf_counter()
+        self.chunk_seconds += now - self.baton_since_s
+        self.baton_since_s = now
 
     def abandon_passes(self) -> None:
         """Say that no backward will come from the trial's open passes."""

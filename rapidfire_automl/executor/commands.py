@@ -15,10 +15,12 @@ import optuna
 from optuna.storages import InMemoryStorage
 from optuna.trial import TrialState as OptunaState
 
+from rapidfire_automl import attempts
 from rapidfire_automl.control import Command, ControlError, Effect, Sent
 from rapidfire_automl.executor import enqueueing, seams, warmstart
 from rapidfire_automl.executor.arm import Arm
 from rapidfire_automl.executor.requests import Boundary, Pace
+from rapidfire_automl.executor.rounds import report
 from rapidfire_automl.executor.sources import Arrivals, Asking
 from rapidfire_automl.mailboxes import Mailbox, MemoryMailbox, StudyMailbox
 from rapidfire_automl.pruners import PolicyPruner, policy_from_name, policy_from_outside
@@ -65,6 +67,7 @@ class Commands:
         chunks: Of a whole trial.
         tell: Emits an event (kind, arm or None, data).
         cancel: Ends the search.
+        keep: Puts verdicts, `(trial, chunk, verdict, reason)` each, on disk before they take effect.
     """
 
     def __init__(
@@ -73,11 +76,13 @@ class Commands:
         chunks: int,
         tell: Callable[..., None],
         cancel: Callable[[], None],
+        keep: Callable[..., None] = lambda verdicts, by_hand: None,
     ) -> None:
         self._records = records
         self._chunks = chunks
         self._tell = tell
         self._cancel = cancel
+        self._keep = keep
         self._memory = MemoryMailbox()
         self._more: list[Mailbox] = []
         self._boxes: tuple[Mailbox, ...] = ()
@@ -235,16 +240,16 @@ class Commands:
         if record is not None:
             return _ENDED.get(record.state, "has not begun")
         trials = self._trials()
-        if number >= len(trials):
-            known = f"there are 0 to {len(trials) - 1}" if trials else "there is none yet"
+        if number not in trials:
+            known = f"there are 0 to {max(trials)}" if trials else "there is none yet"
             return f"is unknown: {known}"
         if trials[number].state is OptunaState.RUNNING:
             raise Elsewhere
         return _ENDED[trials[number].state]
 
-    def _trials(self) -> list[optuna.trial.FrozenTrial]:
+    def _trials(self) -> dict[int, optuna.trial.FrozenTrial]:
         assert self._study is not None
-        return self._study.get_trials(deepcopy=False)
+        return attempts.last_attempts(self._study)
 
     # -- pause, resume, stop -----------------------------------------------------------------------------------------
 
@@ -255,7 +260,8 @@ class Commands:
         if arm.has_slot:
             self._wishes[arm.number] = Wish(Verdict.PAUSE, command)
             return ""
-        arm.ruling, arm.decision = Decision(Verdict.PAUSE, f"paused by {command.source}"), None
+        self._rule(arm, Verdict.PAUSE, command)
+        arm.decision = None
         return f"it has no slot, {_where(arm)}; only resume brings it back now"
 
     def _resume(self, command: Command) -> str:
@@ -268,7 +274,8 @@ class Commands:
             raise Refused(f"trial {arm.number} is training")
         if arm.ruling is not None and arm.ruling.verdict is Verdict.CONTINUE:
             raise Refused(f"trial {arm.number} has been resumed already and waits for a slot")
-        arm.ruling = arm.decision = Decision(Verdict.CONTINUE, f"resumed by {command.source}")
+        self._rule(arm, Verdict.CONTINUE, command)
+        arm.decision = arm.ruling
         self._said_all_paused = False
         assert self.conductor is not None
         when = "" if self.conductor.free_slots > 0 else " when a slot is free, before newcomers"
@@ -281,17 +288,29 @@ class Commands:
             self._answer(pause.command, "refused", "a stop came before it took effect")
         self._wishes[arm.number] = Wish(Verdict.STOP, command)
         if not arm.has_slot:
+            del self._wishes[arm.number]
             self._rule_stop(arm, command)
             arm.decision = arm.ruling
-            del self._wishes[arm.number]
             return _stopped(arm)
         return ""
 
+    def _rule(self, arm: Arm, verdict: Verdict, command: Command) -> None:
+        """Decide; it is on disk before it takes effect, so that a search that is killed does not forget it."""
+        done = {Verdict.PAUSE: "paused", Verdict.CONTINUE: "resumed", Verdict.STOP: "stopped"}[verdict]
+        ruling = Decision(verdict, f"{done} by {command.source}", arm.record.standing)
+        chunk = max(arm.judged, len(arm.record.values))
+        if isinstance(arm.request, Boundary):
+            report([arm])  # what is judged has been reported
+        self._keep([(arm.number, chunk, str(verdict), ruling.reason)], by_hand=True)
+        arm.judged, arm.ruling = chunk, ruling
+
     def _rule_stop(self, arm: Arm, command: Command, *, log: bool = True) -> None:
-        arm.ruling = Decision(Verdict.STOP, f"stopped by {command.source}")
+        self._rule(arm, Verdict.STOP, command)
+        assert arm.ruling is not None
         if log:
-            arm.record.verdicts.append((len(arm.record.values), "stop", arm.ruling.reason))
-            self._tell("verdict", arm, verdict="stop", reason=arm.ruling.reason)
+            reason, numbers = arm.ruling.reason, dict(arm.ruling.numbers)
+            arm.record.verdicts.append((len(arm.record.values), "stop", reason))
+            self._tell("verdict", arm, verdict="stop", reason=reason, by="", numbers=numbers)
 
     def _fulfil(self, driven: list[Arm]) -> list[Arm]:
         """Pause and stop those that have got to a safe point."""
@@ -310,7 +329,7 @@ class Commands:
                     self._rule_stop(arm, wish.command, log=False)
                     self._answer(wish.command, "applied", _stopped(arm))
                 else:
-                    arm.ruling = Decision(Verdict.PAUSE, f"paused by {wish.command.source}")
+                    self._rule(arm, Verdict.PAUSE, wish.command)
                     self._answer(wish.command, "applied", f"paused, {_where(arm)}")
             elif isinstance(arm.request, Pace):
                 if wish.verdict is Verdict.STOP:
@@ -319,7 +338,7 @@ class Commands:
                     ready.append(arm)
                     self._answer(wish.command, "applied", _stopped(arm))
                 else:
-                    arm.ruling = Decision(Verdict.PAUSE, f"paused by {wish.command.source}")
+                    self._rule(arm, Verdict.PAUSE, wish.command)
                     arm.record.state = TrialState.PAUSED
                     self.conductor.take_slot(arm)
                     driven.remove(arm)
@@ -355,14 +374,14 @@ class Commands:
     # -- new trials --------------------------------------------------------------------------------------------------
 
     def _add(self, command: Command) -> str:
-        known = {name: d for trial in self._trials() for name, d in trial.distributions.items()}
+        known = {name: d for trial in self._trials().values() for name, d in trial.distributions.items()}
         params, notes = enqueueing.fit(command.arguments["set"], known, "the search", strict=bool(known))
         return self._enqueue(params, notes, {enqueueing.ADD_ATTR: True}, command)
 
     def _clone(self, command: Command) -> str:
         assert command.trial is not None
         trials = self._trials()
-        if command.trial >= len(trials):
+        if command.trial not in trials:
             raise Refused(f"trial {command.trial} {self._why_not_live(command.trial)}")
         source = trials[command.trial]
         if not source.params:
@@ -401,10 +420,10 @@ class Commands:
         assert self._study is not None and self._source is not None
         if why := self._source.over:
             raise Refused(f"no trial is started any more: {why}")
-        trial = enqueueing.enqueue(self._study, params, attributes, command.id)
+        trial, number = enqueueing.enqueue(self._study, params, attributes, command.id)
         if warm is not None:
-            self._warm[trial.number] = warm
-        notes = [f"trial {trial.number} is next in line for a slot", *notes]
+            self._warm[number] = warm
+        notes = [f"trial {number} is next in line for a slot", *notes]
         if isinstance(self._source, Asking):
             self._source.ask_for(trial)
         else:
@@ -480,7 +499,5 @@ def _where(arm: Arm) -> str:
 
 
 def _stopped(arm: Arm) -> str:
-    values = list(arm.record.values)
-    if isinstance(arm.request, Boundary) and arm.request.chunk > len(values):
-        values.append(arm.request.vector[0])
+    values = arm.record.values
     return f"stopped, {_where(arm)}; " + (f"its value is {values[-1]:.4g}" if values else "it has reported no value")

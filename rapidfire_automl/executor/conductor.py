@@ -102,6 +102,16 @@ class Conductor:
         """Slots nobody holds."""
         return self.slots - sum(arm.has_slot for arm in self._arms)
 
+    def adopt(self, arms: Sequence[Arm]) -> None:
+        """Take arms that an earlier process has begun; paused ones without a slot."""
+        for arm in arms:
+            if arm.record.state is not TrialState.PAUSED:
+                self.give_slot(arm)
+            done = len(arm.record.values)
+            if arm.final is not None and (done == arm.judged or arm.final.verdict is not Verdict.COMPLETE):
+                arm.decision = arm.final
+        self._arms = sorted([*self._arms, *arms], key=lambda arm: arm.number)
+
     # -- called from an arm's thread ---------------------------------------------------------------------------------
 
     def submit(self, arm: Arm, request: Any) -> Any:
@@ -167,6 +177,8 @@ class Conductor:
             retire: Called once for every arm that is done, in trial order.
             home: The context to conduct in.
         """
+        self._end_judged(home)  # what an earlier process has decided
+        self._retire(retire)
         while not self._cancelled:
             self._commands.turn([])
             self._end_judged(home)
@@ -223,7 +235,8 @@ class Conductor:
                 if arm.ruling is None and (arm.decision is None or arm.decision.verdict is Verdict.PAUSE):
                     arm.decision = Decision(Verdict.STOP, "paused when the search ended")
                     arm.record.verdicts.append((len(arm.record.values), "stop", arm.decision.reason))
-                    self._tell("verdict", arm, verdict="stop", reason=arm.decision.reason)
+                    numbers = arm.record.standing
+                    self._tell("verdict", arm, verdict="stop", reason=arm.decision.reason, by="", numbers=numbers)
 
     def _end_judged(self, home: TrialContext) -> None:
         """Arms with a final verdict leave before the next round, so that their slots are free for it."""
@@ -259,11 +272,11 @@ class Conductor:
         home.enter()  # joint passes draw from the trials' generators only; what comes after a round may not
 
     def _hand_baton(self, arm: Arm) -> None:
-        begin = time.perf_counter()
+        arm.baton_since_s = time.perf_counter()
         self._idle.clear()
         arm.go.set()
         self._idle.wait()
-        arm.chunk_seconds += time.perf_counter() - begin
+        arm.charge_baton()
         if arm.done:
             arm.abandon_passes()
 

@@ -6,7 +6,7 @@ Grad mode and autocast are thread-local and stay with the trial's thread; everyt
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -58,6 +58,32 @@ class Generators:
         self._numpy = np.random.get_state()  # noqa: NPY002
         self._python = random.getstate()
 
+    def tree(self) -> dict[str, Any]:
+        """These states for a checkpoint."""
+        return {"torch": self.torch_state, "cuda": self._cuda, "numpy": self._numpy, "python": self._python}
+
+    @classmethod
+    def from_tree(cls, tree: Mapping[str, Any]) -> Generators:
+        """States that `tree` has given.
+
+        Raises:
+            ValueError: They come from a machine with another number of GPUs.
+        """
+        generators = cls(0)
+        there, here = (len(states or ()) for states in (tree["cuda"], generators._cuda))
+        if there != here:
+            raise ValueError(f"The random generators come from a machine with {there} GPUs; this one has {here}.")
+        generators.torch_state, generators._cuda = tree["torch"], tree["cuda"]
+        generators._numpy, generators._python = tree["numpy"], tree["python"]
+        return generators
+
+    @classmethod
+    def in_force(cls) -> Generators:
+        """The states as they are now."""
+        generators = cls(0)
+        generators.save()
+        return generators
+
     def enter(self) -> None:
         """Put these states in force."""
         torch.set_rng_state(self.torch_state)
@@ -74,8 +100,7 @@ def _index(device: torch.device) -> int:
 @contextmanager
 def generators_of_its_own(seed: int) -> Iterator[None]:
     """Draw from a stream of one's own inside; outside nobody notices."""
-    outer = Generators(0)
-    outer.save()
+    outer = Generators.in_force()
     Generators(seed).enter()
     try:
         yield

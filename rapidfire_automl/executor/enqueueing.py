@@ -10,6 +10,7 @@ from optuna.distributions import BaseDistribution, CategoricalDistribution, IntD
 from optuna.trial import FrozenTrial
 from optuna.trial import TrialState as OptunaState
 
+from rapidfire_automl import attempts
 from rapidfire_automl.control import ControlError
 from rapidfire_automl.hints import nearest
 
@@ -96,15 +97,30 @@ def check_warm(source: int, params: Mapping[str, Any], changes: Mapping[str, Any
             )
 
 
-def enqueue(study: optuna.Study, params: Mapping[str, Any], attributes: Mapping[str, Any], command: str) -> FrozenTrial:
-    """Queue a configuration and find its trial."""
+def enqueue(
+    study: optuna.Study, params: Mapping[str, Any], attributes: Mapping[str, Any], command: str
+) -> tuple[FrozenTrial, int]:
+    """Queue a configuration; its trial, and the trial's number in the search."""
     study.enqueue_trial(dict(params), user_attrs={**attributes, COMMAND_ATTR: command})
     waiting = study.get_trials(deepcopy=False, states=(OptunaState.WAITING,))
     found = [trial for trial in waiting if trial.user_attrs.get(COMMAND_ATTR) == command]
     if found:
-        return found[-1]
+        return found[-1], attempts.label(study, found[-1])
     taken = study.get_trials(deepcopy=False)  # another process was quicker than we
-    return next(trial for trial in reversed(taken) if trial.user_attrs.get(COMMAND_ATTR) == command)
+    trial = next(trial for trial in reversed(taken) if trial.user_attrs.get(COMMAND_ATTR) == command)
+    return trial, attempts.number_of(trial)
+
+
+def left_over(study: optuna.Study) -> list[FrozenTrial]:
+    """Trials that people have added and an earlier process has not begun."""
+    waiting = study.get_trials(deepcopy=False, states=(OptunaState.WAITING,))
+    return [trial for trial in waiting if COMMAND_ATTR in trial.user_attrs]
+
+
+def numbers_of_people(study: optuna.Study) -> set[int]:
+    """The numbers of the trials that people have added."""
+    trials = study.get_trials(deepcopy=False)
+    return {attempts.number_of(trial) for trial in trials if COMMAND_ATTR in trial.user_attrs}
 
 
 def claim(study: optuna.Study, trial: FrozenTrial) -> optuna.Trial | None:

@@ -22,21 +22,26 @@ from numpy.typing import NDArray
 from optuna.study import StudyDirection
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from rapidfire_automl.attempts import number_of
 from rapidfire_automl.control import Command, Controls, Sent
 from rapidfire_automl.events import Event, Listener
-from rapidfire_automl.executor import rounds, seams
+from rapidfire_automl.executor import enqueueing, rounds, seams
 from rapidfire_automl.executor.arguments import check as check_arguments
 from rapidfire_automl.executor.arguments import check_search
 from rapidfire_automl.executor.arm import Arm
 from rapidfire_automl.executor.base import Base
+from rapidfire_automl.executor.checkpoints import Snapshot
 from rapidfire_automl.executor.commands import Commands
 from rapidfire_automl.executor.conductor import Conductor
 from rapidfire_automl.executor.context import TrialContext
+from rapidfire_automl.executor.durability import Durability, check_same_trial, distributions, fingerprint_of_base
 from rapidfire_automl.executor.evaluation import Evaluator, Measured, Metric
 from rapidfire_automl.executor.explanation import explain
+from rapidfire_automl.executor.journal import SearchDiffers
 from rapidfire_automl.executor.loading import ModelLike, load_base, load_tokenizer
+from rapidfire_automl.executor.loop import Loop
 from rapidfire_automl.executor.planner import plan_for
-from rapidfire_automl.executor.runner import Builder, Outcome, Runner
+from rapidfire_automl.executor.runner import Builder, Runner
 from rapidfire_automl.executor.sources import Arrivals, Asking
 from rapidfire_automl.mailboxes import Mailbox
 from rapidfire_automl.memory import give_back
@@ -70,6 +75,8 @@ class RapidFireExecutor(Controls):
         eval_sampling: How answers are sampled where rewards are compared, alike for all trials.
         plan: How requests are split into joint passes: None to calibrate, a `Plan`, or the path of a recorded one.
         output_dir: Where adapters go, `<output_dir>/trials/<number>/adapter`; a temporary folder by default.
+        durable: Whether `optimize` keeps checkpoints there, so that after a kill the same call on the same study goes
+            on; by default if `output_dir` is given.
         listeners: Called with every `Event`.
 
     Raises:
@@ -105,6 +112,7 @@ class RapidFireExecutor(Controls):
         eval_sampling: Sampling | None = None,
         plan: Plan | str | os.PathLike[str] | None = None,
         output_dir: str | os.PathLike[str] | None = None,
+        durable: bool | None = None,
         listeners: Sequence[Listener] = (),
     ) -> None:
         max_paused = slots if max_paused is None else max_paused
@@ -136,10 +144,12 @@ class RapidFireExecutor(Controls):
         self._plan = plan if isinstance(plan, Plan) or plan is None else Plan.load(Path(plan))
         self._evaluator = Evaluator(metric, eval_batch_size, eval_sampling or Sampling())
         self._output_dir = None if output_dir is None else Path(output_dir)
+        self._durable = output_dir is not None if durable is None else durable
+        self._durability: Durability | None = None
         self._listeners = list(listeners)
         self._records: dict[int, TrialRecord] = {}
-        self._referee = rounds.Referee(self._records, chunks, slots, self._tell, cost)
-        self._commands = Commands(self._records, chunks, self._tell, self._end)
+        self._referee = rounds.Referee(self._records, chunks, slots, self._tell, cost, self._keep_verdicts)
+        self._commands = Commands(self._records, chunks, self._tell, self._end, self._keep_verdicts)
         self._study: optuna.Study | None = None
         self._base: Base | None = None
         self._conductor: Conductor | None = None
@@ -194,9 +204,9 @@ class RapidFireExecutor(Controls):
         arm = None if self._runner is None else self._runner.arm
         if arm is None or self._base is None:
             raise RuntimeError("`executor.model(trial)` works inside a function decorated with `@executor.objective`.")
-        if trial.number != arm.number:
+        if trial.number != arm.trial.number:
             raise ValueError(
-                f"`trial` must be the one the objective was called with, {arm.number}, got {trial.number}."
+                f"`trial` must be the one the objective was called with, {arm.trial.number}, got {trial.number}."
             )
         return self._base.clone()
 
@@ -239,10 +249,12 @@ class RapidFireExecutor(Controls):
     def optimize(self, study: optuna.Study, objective: Builder, n_trials: int, timeout_s: float | None = None) -> None:
         """Search with our own ask-and-tell loop, in one thread's order: the same search each time it is run.
 
+        With an `output_dir` and a study that is stored, a search that was killed goes on when it is called again.
+
         Args:
             study: Any study; with several directions `metric` has to give as many values.
             objective: A function that builds a trainer, decorated or not.
-            n_trials: Trials to ask for.
+            n_trials: Trials to ask for, those included that a killed search has begun.
             timeout_s: No trial is asked for after so many seconds; those that run go on.
 
         Raises:
@@ -261,42 +273,14 @@ class RapidFireExecutor(Controls):
         assert self._conductor is not None
         assert self._runner is not None
         runner = self._runner
-        threads: dict[int, threading.Thread] = {}
-        outcomes: dict[int, Outcome] = {}
-        mine: list[int] = []
-        local = getattr(study, "_thread_local", None)
-
-        def start(trial: optuna.Trial) -> Arm:
-            arm = self._arm(trial)
-            mine.append(arm.number)
-
-            def body() -> None:
-                outcomes[arm.number] = runner.run(arm, build)
-
-            threads[arm.number] = threading.Thread(target=body, name=f"trial-{arm.number}", daemon=True)
-            threads[arm.number].start()
-            return arm
-
-        def retire(arm: Arm) -> None:
-            threads.pop(arm.number).join()
-            outcome = outcomes.pop(arm.number, Outcome("failed"))
-            if local is not None:  # a sampler that has seen all of its grid may stop the study from `tell`
-                local.in_optimize_loop = True
-            try:
-                if outcome.kind == "complete":
-                    study.tell(arm.trial, outcome.vector)
-                else:
-                    pruned = outcome.kind == "pruned"
-                    state = optuna.trial.TrialState.PRUNED if pruned else optuna.trial.TrialState.FAIL
-                    study.tell(arm.trial, state=state)
-            finally:
-                if local is not None:
-                    local.in_optimize_loop = False
-
-        if hasattr(study, "_stop_flag"):
-            study._stop_flag = False
-        source = Asking(study, n_trials, start, timeout_s)
-        self._conduct(source, retire)
+        if self._durable and self._durability is None:
+            self._durability = Durability(self._folder(0).parent.parent, self._tell)
+        loop = Loop(study, self._arm, lambda arm: runner.run(arm, build), self._durability)
+        begun, left = self._take_up(study, n_trials, loop)
+        source = Asking(study, left, loop.start, timeout_s, lambda asked: loop.seed(begun + asked))
+        for queued in enqueueing.left_over(study) if begun else ():
+            source.ask_for(queued)
+        self._conduct(source, loop.retire)
         try:
             while not self._finished.wait(0.2):
                 pass
@@ -307,9 +291,12 @@ class RapidFireExecutor(Controls):
         self._raise_error()
         if self._conductor.cancelled and not self._stopping:
             raise KeyboardInterrupt
-        failed = [number for number in mine if self._records[number].state is TrialState.FAILED]
-        if mine and len(failed) == len(mine) and not self._stopping:
-            raise RuntimeError(f"All {len(mine)} trials failed. Trial {failed[0]}: {self._records[failed[0]].error}")
+        if self._durability is not None:
+            self._durability.over()
+        ran = loop.numbers
+        failed = [number for number in ran if self._records[number].state is TrialState.FAILED]
+        if ran and len(failed) == len(ran) and not self._stopping:
+            raise RuntimeError(f"All {len(ran)} trials failed. Trial {failed[0]}: {self._records[failed[0]].error}")
 
     def stop(self, trial: int | None = None) -> Sent | None:  # type: ignore[override]
         """Prune a trial at its next step; without one, end the search as `cancel` does.
@@ -343,6 +330,9 @@ class RapidFireExecutor(Controls):
             self._arrivals.close()
         if self._thread is not None:
             self._finished.wait()
+        if self._durability is not None:
+            self._durability.close()
+            self._durability = None
         self._exit.close()
         self._base = self._conductor = self._runner = self._arrivals = self._thread = None
         gc.unfreeze()
@@ -396,11 +386,15 @@ class RapidFireExecutor(Controls):
                     self.chunks,
                     self.seed,
                     self._tell,
+                    self._referee.record,
                     self._folder,
                     None if isinstance(self._model_like, PreTrainedModel) else self._load_base,
                     self._keep_base,
                     self._abort,
                     self._commands.warm_start,
+                    lambda: self._durability is not None and self._durability.is_on,
+                    self._save,
+                    self._check_same,
                 )
                 logger.info("Plan: %s", plan.reason)
                 self._tell(
@@ -467,14 +461,75 @@ class RapidFireExecutor(Controls):
                 self._records.clear()
                 self._referee.begin(study)
 
-    def _arm(self, trial: optuna.Trial) -> Arm:
-        record = TrialRecord(trial.number)
-        self._records[trial.number] = record
+    def _take_up(self, study: optuna.Study, n_trials: int, loop: Loop) -> tuple[int, int]:
+        """Begin a search, or go on with one that was killed.
+
+        Returns:
+            How many trials were begun, and how many are left to ask for beside those that people have added.
+        """
+        durability = self._durability
+        if durability is None:
+            return 0, n_trials
+        assert self._base is not None
+        assert self._conductor is not None
+        assert self._runner is not None
+        facts = {
+            "base": fingerprint_of_base(self._base.model),
+            "chunks": self.chunks,
+            "directions": [direction.name for direction in study.directions],
+        }
+        past = durability.begin(study, facts)
+        if past is None:
+            return 0, n_trials
+        if (measured := durability.restore_base()) is not None:
+            self._keep_base(measured)
+            self._runner.base_is_known()
+        over, going = durability.go_on(study, past)
+        self._referee.leave_out(past.asked)
+        self._records.update({record.number: record for record in over})
+        arms = []
+        for one in going:
+            arm = self._arm(one.trial, one.record)
+            arm.judged, arm.final, arm.restored = one.judged, one.final, one.restored
+            arm.ruling = one.ruling
+            arm.step = arm.record.boundaries[len(arm.record.values) - 1] if arm.record.values else 0
+            arms.append(loop.launch(arm))
+        self._conductor.adopt(arms)
+        logger.info("The search goes on: %d trials have ended, %d go on.", len(over), len(going))
+        self._tell("search_resumed", None, ended=len(over), going_on=len(going))
+        added = enqueueing.numbers_of_people(study)
+        return len(past.asked), max(0, n_trials - sum(number not in added for number in past.asked))
+
+    def _keep_verdicts(self, verdicts: list[tuple[int, int, str, str]], *, by_hand: bool = False) -> None:
+        if self._durability is not None:
+            self._durability.judged(verdicts, by_hand=by_hand)
+
+    def _save(self, arm: Arm, trainer: Any, snapshot: Snapshot) -> None:
+        if self._durability is not None:
+            self._durability.save(arm, trainer, snapshot)
+
+    def _check_same(self, arm: Arm, trainer: Any) -> None:
+        """End the search if a trial that goes on was begun as another one."""
+        if self._durability is None:
+            return
+        others = [t for t in arm.trial.study.get_trials(deepcopy=False) if t.number != arm.trial.number]
+        try:
+            check_same_trial(arm, trainer, distributions(others))
+        except SearchDiffers as error:
+            self._abort(error)
+            raise
+
+    def _arm(self, trial: optuna.Trial, record: TrialRecord | None = None) -> Arm:
+        number = number_of(trial)
+        record = TrialRecord(number) if record is None else record
+        self._records[number] = record
         minimize = tuple(direction == StudyDirection.MINIMIZE for direction in trial.study.directions)
         return Arm(trial, TrialContext(self.seed), record, minimize)
 
     def _keep_base(self, measured: Measured) -> None:
         self.base_value, self.base_vector, self.base_scores = measured.value, measured.vector, measured.scores
+        if self._durability is not None:
+            self._durability.base(measured)
 
     def _send(self, command: Command) -> Sent:
         return self._commands.send(command)

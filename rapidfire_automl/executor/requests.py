@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -133,16 +133,10 @@ class Pace:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Boundary:
-    """A chunk is done and evaluated; answer: a `Decision`, when the round is over and the trial has a slot.
+    """A chunk is done, evaluated and recorded; answer: a `Decision`, when the round is over and the trial has a slot.
 
     Args:
         chunk: Chunks done.
-        vector: A value an objective, in the user's sign.
-        scores: Per example, in the user's sign, `(examples,)`, or `(objectives, examples)` with several objectives.
-        metrics: What the trainer has logged in this chunk, by name.
     """
 
     chunk: int
-    vector: tuple[float, ...]
-    scores: Any
-    metrics: Mapping[str, float]

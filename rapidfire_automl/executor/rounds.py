@@ -5,17 +5,28 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import optuna
 from numpy.typing import NDArray
 
+from rapidfire_automl import failpoints
+from rapidfire_automl.attempts import last_attempts
 from rapidfire_automl.executor.arm import Arm
 from rapidfire_automl.histories import CHUNKS_ATTR, COST_ATTR, history_from_study
 from rapidfire_automl.pruners import PolicyPruner
 from rapidfire_automl.records import TrialRecord
-from rapidfire_policies.base import Decision, History, Policy, TrialHistory, TrialState, Verdict
+from rapidfire_policies.base import (
+    Decision,
+    History,
+    Policy,
+    TrialHistory,
+    TrialState,
+    Verdict,
+    flipped,
+    numbers_of,
+)
 from rapidfire_policies.pareto import scalarize
 
 logger = logging.getLogger("rapidfire_automl")
@@ -34,10 +45,17 @@ class Referee:
         slots: Trials that train at a time.
         tell: Emits an event (kind, arm, data).
         cost: What a policy sees as the cost of a chunk.
+        keep: Puts a round's verdicts, `(trial, chunk, verdict, reason)` each, on disk before they take effect.
     """
 
     def __init__(
-        self, records: Mapping[int, TrialRecord], chunks: int, slots: int, tell: Callable[..., None], cost: Cost
+        self,
+        records: Mapping[int, TrialRecord],
+        chunks: int,
+        slots: int,
+        tell: Callable[..., None],
+        cost: Cost,
+        keep: Callable[[list[tuple[int, int, str, str]]], None] = lambda verdicts: None,
     ) -> None:
         self._past: tuple[TrialHistory, ...] = ()
         self._cost = cost
@@ -45,6 +63,7 @@ class Referee:
         self._chunks = chunks
         self._slots = slots
         self._tell = tell
+        self._keep = keep
 
     def begin(self, study: optuna.Study) -> None:
         """Take up a study; says so once where its pruner will have no say."""
@@ -56,8 +75,13 @@ class Referee:
             logger.warning(message)
             self._tell("warning", None, message=message)
 
+    def leave_out(self, numbers: Iterable[int]) -> None:
+        """Trials of this search that an earlier process has begun are known by their records."""
+        numbers = set(numbers)
+        self._past = tuple(trial for trial in self._past if trial.number not in numbers)
+
     def __call__(self, waiting: Sequence[Arm], paused: Sequence[Arm]) -> dict[int, Decision]:
-        """Record what the arms at a boundary have to say, and judge.
+        """Report what the arms at a boundary have come to, and judge.
 
         Args:
             waiting: Arms at a boundary.
@@ -66,9 +90,8 @@ class Referee:
         Returns:
             A decision per trial number; whoever is left out goes on as it is.
         """
-        for arm in waiting:
-            self._record(arm)
         report(waiting)
+        failpoints.hit("round.reported")
         ended = [arm for arm in waiting if len(arm.record.values) >= len(arm.record.boundaries)]
         for arm in ended:
             finite = bool(np.isfinite(arm.record.last_vector).all())
@@ -79,6 +102,7 @@ class Referee:
         going = [arm for arm in going if len(arm.record.values) < self._chunks]
         free = [arm for arm in paused if arm.number not in ruled and len(arm.record.values) < self._chunks]
         decisions: dict[int, Decision] = {}
+        by = ""
         if going or free:
             one = (going or free)[0]
             now = history(
@@ -91,26 +115,53 @@ class Referee:
             trials = [_as_judged(trial, self._chunks, ruled.get(trial.number)) for trial in now.trials]
             whole = replace(now, trials=(*self._past, *trials))
             decisions = dict(judge(one.trial.study, going, free, whole))
+            by = _name(one.trial.study.pruner)
+            if one.minimize == (False,):  # the policy saw the values with their sign flipped
+                decisions = {n: replace(said, numbers=flipped(said.numbers)) for n, said in decisions.items()}
         decisions.update(ruled)
         for arm in ended:
-            decisions[arm.number] = Decision(Verdict.COMPLETE, "trained to the end")
-        for arm in sorted([*waiting, *paused], key=lambda arm: arm.number):
+            decisions[arm.number] = Decision(Verdict.COMPLETE, "trained to the end", arm.record.standing)
+        both = sorted([*waiting, *paused], key=lambda arm: arm.number)
+        verdicts = []
+        for arm in both:
+            arm.judged = max(arm.judged, len(arm.record.values))
+            made = decisions.get(arm.number)
+            stays = made is None or (arm in paused and made.verdict is Verdict.PAUSE)
+            stays = stays or (arm.number in ruled and arm not in ended)  # it is in the journal since it was decided
+            verdict, reason = ("", "") if made is None or stays else (str(made.verdict), made.reason)
+            verdicts.append((arm.number, arm.judged, verdict, reason))
+        self._keep(verdicts)
+        for arm in both:
             decision = decisions.get(arm.number)
             if decision is None or (arm in paused and (decision.verdict is Verdict.PAUSE or arm.number in ruled)):
                 continue
             arm.record.verdicts.append((len(arm.record.values), str(decision.verdict), decision.reason))
-            self._tell("verdict", arm, verdict=str(decision.verdict), reason=decision.reason)
+            self._tell(
+                "verdict",
+                arm,
+                verdict=str(decision.verdict),
+                reason=decision.reason,
+                by="" if arm in ended or arm.number in ruled else by,
+                numbers=dict(decision.numbers),
+            )
         return decisions
 
-    def _record(self, arm: Arm) -> None:
-        request, record = arm.request, arm.record
-        scores = np.asarray(request.scores, dtype=np.float64)
-        record.add_chunk(
-            request.vector, scores, request.metrics, arm.chunk_seconds, arm.chunk_tokens, arm.chunk_generated
-        )
+    def record(self, arm: Arm, vector: tuple[float, ...], scores: Any, metrics: Mapping[str, float]) -> None:
+        """Take down what an arm's chunk has come to; called in its thread.
+
+        Args:
+            arm: Whose.
+            vector: A value an objective, in the user's sign.
+            scores: Per example, in the user's sign, `(examples,)`, or `(objectives, examples)` with several objectives.
+            metrics: What the trainer has logged in this chunk, by name.
+        """
+        record = arm.record
+        arm.charge_baton()
+        scores = np.asarray(scores, dtype=np.float64)
+        record.add_chunk(vector, scores, metrics, arm.chunk_seconds, arm.chunk_tokens, arm.chunk_generated)
         if len(record.values) == 1:
             arm.trial.set_user_attr(COST_ATTR, arm.chunk_tokens + arm.chunk_generated)
-        several = {"vector": request.vector} if len(request.vector) > 1 else {}
+        several = {"vector": vector} if len(vector) > 1 else {}
         self._tell(
             "chunk_done",
             arm,
@@ -127,6 +178,9 @@ def report(arms: Sequence[Arm]) -> None:
     """Tell Optuna each arm's newest value, in trial order; vectors, which it refuses, as an attribute of the trial."""
     for arm in arms:
         record = arm.record
+        if arm.reported == len(record.values):
+            continue
+        arm.reported = len(record.values)
         if record.vectors:
             arm.trial.set_user_attr(VECTORS_ATTR, [list(vector) for vector in record.vectors])
         else:
@@ -225,8 +279,9 @@ def past(study: optuna.Study, chunks: int) -> tuple[TrialHistory, ...]:
         study.set_user_attr(CHUNKS_ATTR, chunks)
     if study.user_attrs[CHUNKS_ATTR] != chunks or len(study.directions) > 1:
         return ()
-    trials = history_from_study(study).trials
-    return tuple(_as_judged(trial, chunks, None) for trial in trials if not trial.is_live)
+    last = {trial.number: number for number, trial in last_attempts(study).items()}
+    seen = [trial for trial in history_from_study(study).trials if not trial.is_live and trial.number in last]
+    return tuple(_as_judged(replace(trial, number=last[trial.number]), chunks, None) for trial in seen)
 
 
 def judge(
@@ -249,10 +304,19 @@ def judge(
     decisions = {}
     for arm in waiting:
         if len(arm.minimize) == 1 and arm.trial.should_prune():
-            decisions[arm.number] = Decision(Verdict.STOP, f"{type(pruner).__name__} says so")
+            seen = next(trial for trial in history.trials if trial.number == arm.number)
+            decisions[arm.number] = Decision(Verdict.STOP, f"{type(pruner).__name__} says so", numbers_of(seen))
     for arm in paused:
         decisions[arm.number] = Decision(Verdict.CONTINUE, "")
     return decisions
+
+
+def _name(judge: object) -> str:
+    """A policy's or a pruner's name, with what it wraps: "WarmUp(ASHA)"."""
+    if isinstance(judge, PolicyPruner):
+        return _name(judge.policy)
+    name, inner = type(judge).__name__, getattr(judge, "policy", None)
+    return f"{name}({_name(inner)})" if isinstance(inner, Policy) else name
 
 
 def _policy(policy: Policy, history: History) -> Mapping[int, Decision]:

@@ -22,7 +22,7 @@ from rapidfire_automl.executor.conductor import Conductor
 from rapidfire_automl.executor.evaluation import Evaluator, Measured
 from rapidfire_automl.executor.requests import Forward
 from rapidfire_automl.executor.warmstart import WarmStart
-from rapidfire_policies.base import TrialState, Verdict
+from rapidfire_policies.base import Decision, TrialState, Verdict
 
 logger = logging.getLogger("rapidfire_automl")
 
@@ -55,11 +55,15 @@ class Runner:
         chunks: Of a whole trial.
         seed: Of the evaluation.
         tell: Emits an event (kind, arm or None, data).
+        record: Takes down what a chunk has come to.
         folder: Where a trial's files go.
         reload: Loads the base anew, or None where it came as an object.
         keep_base: Takes what the untrained base is worth.
         abort: Ends the search with an error.
         warm_start: What an arm begins with, if not from nothing.
+        durable: Whether trials are to survive the process.
+        save: Puts an arm's state on disk.
+        check_same: Raises if an arm that goes on was begun as another trial.
     """
 
     base: Base
@@ -68,11 +72,15 @@ class Runner:
     chunks: int
     seed: int
     tell: Callable[..., None]
+    record: Callable[..., None]
     folder: Callable[[int], Path]
     reload: Callable[[], PreTrainedModel] | None
     keep_base: Callable[[Measured], None]
     abort: Callable[[BaseException], None]
     warm_start: Callable[[Arm], WarmStart | None]
+    durable: Callable[[], bool] = lambda: False
+    save: Callable[[Arm, Any, Any], None] = lambda arm, trainer, snapshot: None
+    check_same: Callable[[Arm, Any], None] = lambda arm, trainer: None
     _local: threading.local = field(default_factory=threading.local)
     _base_taken: bool = False
 
@@ -80,6 +88,10 @@ class Runner:
     def arm(self) -> Arm | None:
         """The arm whose trial is built or trained in this thread."""
         return getattr(self._local, "arm", None)
+
+    def base_is_known(self) -> None:
+        """An earlier process has measured the untrained base."""
+        self._base_taken = True
 
     def run(self, arm: Arm, build: Builder) -> Outcome:
         """Take a trial from its first turn to its end; raises nothing a trial can raise."""
@@ -130,6 +142,8 @@ class Runner:
 
     def _train(self, arm: Arm, build: Builder) -> Outcome:
         base, record = self.base, arm.record
+        if isinstance(arm.answer, Decision) and arm.answer.verdict is Verdict.STOP:
+            return Outcome("pruned", record.last_vector, arm.answer.reason)  # while it was paused, in another process
         trainer = None
         try:
             trainer = build(arm.trial)
@@ -140,6 +154,7 @@ class Runner:
             base.check(repair=True)
         if isinstance(model := getattr(trainer, "model", None), PeftModel) and not base.owns(model.get_base_model()):
             raise ValueError("The trainer's model did not come from this executor. Pass `model=executor.model(trial)`.")
+        self.check_same(arm, trainer)
         training.train(arm, trainer, self._host())
         verdict, reason = record.verdicts[-1][1:] if record.verdicts else ("", "")
         if record.boundaries and len(record.values) < len(record.boundaries):
@@ -193,6 +208,9 @@ class Runner:
             chunks=self.chunks,
             seed=self.seed,
             tell=self.tell,
+            record=self.record,
+            durable=self.durable,
+            save=self.save,
             measure_base=take_base,
             keep_base=keep_base,
             check=base.check_arm,

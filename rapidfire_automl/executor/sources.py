@@ -83,6 +83,7 @@ class Asking:
         n_trials: How many to ask for.
         start: Makes an arm of a trial and starts its thread, which waits for the baton.
         timeout_s: No trial is asked for after so many seconds.
+        before: Called with how many of them were asked for, before the next one is.
     """
 
     def __init__(
@@ -91,10 +92,13 @@ class Asking:
         n_trials: int,
         start: Callable[[optuna.Trial], Arm],
         timeout_s: float | None,
+        before: Callable[[int], None] = lambda asked: None,
     ) -> None:
         self._study = study
         self._left = n_trials
         self._first: list[FrozenTrial] = []
+        self._asked = 0
+        self._before = before
         self._start = start
         self._deadline = None if timeout_s is None else time.monotonic() + timeout_s
 
@@ -103,8 +107,10 @@ class Asking:
         arms: list[Arm] = []
         while free > len(arms) and not self.closed:
             self._left -= 1
+            self._before(self._asked)
             trial = enqueueing.claim(self._study, self._first.pop(0)) if self._first else self._study.ask()
             if trial is not None:
+                self._asked += 1
                 arms.append(self._start(trial))
         return arms
 

@@ -13,9 +13,11 @@ from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCall
 from transformers.trainer_callback import TrainerControl, TrainerState
 from transformers.training_args import TrainingArguments
 
+from rapidfire_automl import failpoints
 from rapidfire_automl.chunks import chunk_boundaries, generation_boundaries
 from rapidfire_automl.executor import seams, warmstart
 from rapidfire_automl.executor.arm import Arm, Halt
+from rapidfire_automl.executor.checkpoints import Snapshot
 from rapidfire_automl.executor.context import generators_of_its_own
 from rapidfire_automl.executor.evaluation import Evaluator
 from rapidfire_automl.executor.requests import Boundary, Pace
@@ -38,6 +40,9 @@ class Host:
         chunks: Of a whole trial.
         seed: Of the evaluation's generator.
         tell: Emits an event.
+        record: Takes down what a chunk has come to.
+        durable: Whether trials are to survive the process.
+        save: Puts an arm's state on disk.
         measure_base: Whether this arm is to measure the untrained base: the first, or the next if that fails.
         keep_base: Takes what it measured, or None if it failed.
         check: Raises if the base's tensors were touched, or the arm's were replaced.
@@ -55,6 +60,9 @@ class Host:
     chunks: int
     seed: int
     tell: Callable[..., None]
+    record: Callable[[Arm, tuple[float, ...], Any, Mapping[str, float]], None]
+    durable: Callable[[], bool]
+    save: Callable[[Arm, Trainer, Snapshot], None]
     measure_base: Callable[[], bool]
     keep_base: Callable[[Any], None]
     check: Callable[[Arm], None]
@@ -75,6 +83,7 @@ class ChunkCallback(TrainerCallback):
         self._arm = arm
         self._trainer = trainer
         self._host = host
+        self.durable: seams.Durable | None = None
         self._due = False
         self._logged = 0
         self.step_begins = False
@@ -88,16 +97,26 @@ class ChunkCallback(TrainerCallback):
         if self.warm is not None:
             warmstart.give_optimizer(self.warm, self._trainer)
             self.warm = None
-        arm.record.boundaries = list(_boundaries(self._trainer, state.max_steps, host.chunks))
+        boundaries = list(_boundaries(self._trainer, state.max_steps, host.chunks))
+        before, own = arm.record.boundaries, len(boundaries)
+        if arm.restored is not None and before[:own] == boundaries and len(before) > own:  # it was extended
+            if why := seams.why_no_longer(self._trainer, before[-1] - boundaries[-1]):
+                raise ValueError(f"it was extended to {before[-1]} steps, which can't be done again: {why}")
+            seams.lengthen(self._trainer, before[-1] - boundaries[-1])
+            boundaries = list(before)
+        if arm.record.values and boundaries != arm.record.boundaries:
+            raise ValueError(f"its chunks ended at steps {arm.record.boundaries}, now they would at {boundaries}")
+        arm.record.boundaries = boundaries
         arm.step = state.global_step
         host.tell(
-            "trial_started",
+            "trial_resumed" if arm.restored is not None else "trial_started",
             arm,
             params=dict(arm.record.params),
             trainer=arm.record.trainer,
             max_steps=state.max_steps,
             boundaries=list(arm.record.boundaries),
             fused=arm.record.fused,
+            **({} if arm.restored is None else {"attempt": arm.restored.attempt}),
         )
         if host.measure_base():
             measured = None
@@ -131,6 +150,7 @@ class ChunkCallback(TrainerCallback):
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Notice a boundary."""
+        failpoints.hit("step")
         arm, host, record = self._arm, self._host, self._arm.record
         arm.abandon_passes()
         arm.step = state.global_step
@@ -153,7 +173,7 @@ class ChunkCallback(TrainerCallback):
         self._close_chunk(state, control)
 
     def _close_chunk(self, state: TrainerState, control: TrainerControl) -> None:
-        """Where a boundary is due: evaluate, report, wait."""
+        """Where a boundary is due: evaluate, record, save, wait; what was judged in an earlier process is not again."""
         if not self._due:
             return
         self._due = False
@@ -167,8 +187,14 @@ class ChunkCallback(TrainerCallback):
             measured = host.evaluator.measure(self._trainer, minimize=arm.minimize)
         vars(control).update(flags)  # a metric that calls `trainer.evaluate()` would swallow this step's log
         self._logged = len(state.log_history)
-        boundary = Boundary(len(arm.record.values) + 1, measured.vector, measured.scores, metrics)
-        decision = host.submit(arm, boundary)
+        host.record(arm, measured.vector, measured.scores, metrics)
+        if self.durable is not None:
+            host.save(arm, self._trainer, self.durable.capture())
+        chunk = len(arm.record.values)
+        if chunk > arm.judged:
+            decision = host.submit(arm, Boundary(chunk))
+        else:
+            decision = arm.final if chunk == arm.judged else None
         if isinstance(decision, Decision) and decision.verdict in (Verdict.STOP, Verdict.COMPLETE):
             control.should_training_stop = True
             if state.global_step < state.max_steps:
@@ -190,7 +216,8 @@ def train(arm: Arm, trainer: Any, host: Host) -> None:
     model = check_trainer(trainer)
     arm.record.trainer = type(trainer).__name__
     host.evaluator.check(trainer)
-    warm = host.warm_start(arm)
+    goes_on = arm.restored is not None and arm.restored.snapshot is not None
+    warm = None if goes_on else host.warm_start(arm)
     if warm is not None:
         warmstart.give_adapter(warm, model)
     arm.record.why_unfused = host.join(arm, model, trainer.args)
@@ -214,10 +241,12 @@ def train(arm: Arm, trainer: Any, host: Host) -> None:
         joint_rollouts=host.joint_rollouts,
     )
     arm.walks = CheapWalks(model)
+    if host.durable() and not seams.why_not_durable(trainer):
+        callback.durable = seams.Durable(trainer)
     seam.open()
     undo = seams.leave_room(trainer)
     try:
-        trainer.train()
+        _train(arm, trainer, callback.durable, host)
     finally:
         undo()
         seam.close()
@@ -226,6 +255,22 @@ def train(arm: Arm, trainer: Any, host: Host) -> None:
         host.part(arm)
     for note in seam.notes:
         logger.info("Trial %d: %s.", arm.number, note)
+
+
+def _train(arm: Arm, trainer: Trainer, durable: seams.Durable | None, host: Host) -> None:
+    """Train from the start, or from where an earlier process has left off."""
+    snapshot = None if arm.restored is None else arm.restored.snapshot
+    if durable is None or snapshot is None:
+        trainer.train() if durable is None else durable.train()
+        return
+    # What was trained and not judged is judged first; a verdict on a paused trial is known.
+    decision = arm.answer
+    if len(arm.record.values) > arm.judged:
+        decision = host.submit(arm, Boundary(len(arm.record.values)))
+    if not isinstance(decision, Decision) or decision.verdict not in (Verdict.STOP, Verdict.COMPLETE):
+        durable.train(snapshot)
+    elif decision.verdict is Verdict.COMPLETE:
+        durable.put(snapshot)
 
 
 def save(arm: Arm, model: PeftModel, folder: Path) -> None:

@@ -168,3 +168,31 @@ def test_importing_the_command_line_is_fast() -> None:
     code = f"import sys, rapidfire_automl.cli; print(sorted({heavy} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_a_sweep_of_group_sizes_is_reported_at_equal_steps_and_equal_cost(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = [json.dumps({"prompt": f"{n}+1=", "answer": str(n + 1)}) for n in range(64)]
+    for name in ("train", "held"):
+        (folder / f"{name}.jsonl").write_text("\n".join(rows))
+    (folder / "grpo.toml").write_text(
+        SEARCH.replace("[data]", 'trainer = "grpo"\nreward = "exact_match"\n[data]')
+        .replace("per_device_train_batch_size = 4", "per_device_train_batch_size = 16")
+        .replace("r = [4, 8]", "num_generations = [4, 16]")
+    )
+    use(monkeypatch, generates=1000, prune=False)
+    result = call("run", "grpo.toml", "--n-trials", "6")
+    assert result.exit_code == 0, result.output
+    assert "GRPO on base" in result.stdout
+    summary = json.loads((folder / "runs/grpo/summary.json").read_text())
+    assert summary["direction"] == "maximize"
+    report = result.stdout[result.stdout.index("Best ") :]
+    # 8 chunks of 4 x 1000 generated tokens and 960 trained
+    assert "after 8 chunks each, and by the best value within 39.7k generated and trained tokens" in report
+    (header,) = [line for line in report.splitlines() if line.lstrip().startswith("trial ")]
+    assert header.split()[-7:] == ["equal", "steps", "equal", "cost", "generated", "trained", "seconds"]
+    places = [line.split() for line in report.splitlines() if line.strip().startswith("#")]
+    assert [line[0] for line in places] == [f"#{place['trial']}" for place in summary["rankings"]["equal_steps"]]
+    assert {"32k", "128k"} == {line[-3] for line in places}
+    assert "Generated runs/grpo/generated.png" in report

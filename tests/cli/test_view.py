@@ -10,6 +10,7 @@ from rich.console import Console
 
 from rapidfire_automl.cli.display import PlainLines, bar, header, on_screen, table, visible
 from rapidfire_automl.cli.view import Row, SearchView, against, clock, number
+from rapidfire_automl.drawing import amount
 from rapidfire_automl.events import Event
 
 
@@ -143,3 +144,27 @@ def test_words() -> None:
     assert (number(None), number(math.inf), number(1.23456)) == ("-", "inf", "1.235")
     assert against(1.0, 2.0) == "50% below base 2"
     assert against(1.0, None) == against(math.nan, 2.0) == ""
+
+
+def test_costs_show_where_trials_generate() -> None:
+    view = SearchView(2, 4)
+    start(view, 0)
+    start(view, 1)
+    plain = text(table(view, view.rows.values()), 160)
+    assert "generated" not in plain
+    out = io.StringIO()
+    lines = PlainLines(view, Console(file=out, width=160))
+    for chunk in (1, 2):
+        event = tell(view, "chunk_done", 1, chunk, value=0.5, seconds=1.25, tokens=900, generated=6200)
+        lines(event)
+        lines(tell(view, "verdict", 1, chunk, verdict="continue", reason=""))
+    tell(view, "chunk_done", 0, 1, value=0.5, seconds=1.0, tokens=900)
+    shown = text(table(view, view.rows.values()), 160)
+    assert "generated" in shown
+    row = next(line for line in shown.splitlines() if "#1" in line).split()
+    assert [cell in row for cell in ("12.4k", "1.8k", "2.5")] == [True] * 3
+    assert "trial 1 chunk 2/4: 0.5, 6.2k generated and 900 trained, continue" in out.getvalue()
+
+
+def test_amounts_in_three_digits() -> None:
+    assert [amount(n) for n in (0, 999, 1000, 12345, 4_560_000)] == ["0", "999", "1k", "12.3k", "4.56M"]

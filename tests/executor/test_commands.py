@@ -323,7 +323,7 @@ def test_what_can_not_be_extended() -> None:
     )
     assert texts(at) == [
         "trial 0 can't train longer: its schedule (warmup_stable_decay) has parts of a fixed length",
-        "trial 0 is complete",
+        "trial 0 has trained to its end",
     ]
 
 

@@ -12,8 +12,9 @@ from typing import Any
 
 import pytest
 
+from experiments.measuring import merge, paired_ratio
 from experiments.throughput.figure import draw
-from experiments.throughput.run import merge, paired_ratio, parse
+from experiments.throughput.run import parse
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = ROOT / "experiments" / "throughput" / "run.py"
@@ -149,9 +150,9 @@ def test_a_later_run_fills_the_cells_that_are_missing() -> None:
 
     old = results(cells=[cell(8, "complete", 1.0), cell(16, "missing", None), cell(32, "missing", None)])
     new = results(cells=[cell(8, "complete", 9.0), cell(16, "complete", 2.0)], config={"steps": 2, "rounds": 3})
-    merged = merge(old, new)
+    merged = merge(old, new, "tokens")
     assert [one["speedup"] for one in merged["cells"]] == [1.0, 2.0, None]
     assert merged["wall_s"] == 2.0
     for name, value in (("commit", "b"), ("hardware", {"cpus": 2}), ("config", {"steps": 3})):
         with pytest.raises(ValueError, match="can't be merged"):
-            merge(old, {**new, name: value})
+            merge(old, {**new, name: value}, "tokens")

@@ -10,7 +10,7 @@ import random
 import subprocess
 import sys
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +41,7 @@ from rapidfire_policies import (
     testing,
 )
 from rapidfire_policies._search import search
+from rapidfire_policies.base import numbers_of
 from rapidfire_policies.survivors import keep_one
 
 EXPORTED = [
@@ -136,7 +137,8 @@ class Base(Policy):
             peers = sorted(self.key(t) for t in history.running if t.resource == trial.resource)
             better = trial.resource == 0 or peers.index(self.key(trial)) < max(1, len(peers) // 2)
             better = better and (trial.resource == 0 or math.isfinite(trial.values[-1]))
-            decisions[trial.number] = Decision(Verdict.CONTINUE if better else Verdict.STOP, "worse half")
+            verdict = Verdict.CONTINUE if better else Verdict.STOP
+            decisions[trial.number] = Decision(verdict, "worse half", numbers_of(trial) if trial.values else {})
         return keep_one(history, decisions)
 
     def key(self, trial: TrialHistory) -> tuple[object, ...]:
@@ -177,13 +179,54 @@ class InventsATrial(Base):
 @dataclass(frozen=True)
 class GivesNoReason(Base):
     def decide(self, history: History) -> Mapping[int, Decision]:
-        return {number: Decision(decision.verdict) for number, decision in super().decide(history).items()}
+        return {number: replace(decision, reason="") for number, decision in super().decide(history).items()}
+
+
+@dataclass(frozen=True)
+class PausesWithoutAReason(Base):
+    def decide(self, history: History) -> Mapping[int, Decision]:
+        return {trial.number: Decision(Verdict.PAUSE, numbers=numbers_of(trial)) for trial in history.live}
+
+
+@dataclass(frozen=True)
+class KeepsItsNumbers(Base):
+    def decide(self, history: History) -> Mapping[int, Decision]:
+        return {number: replace(decision, numbers={}) for number, decision in super().decide(history).items()}
+
+
+@dataclass(frozen=True)
+class GivesAnotherTrialsValue(Base):
+    def decide(self, history: History) -> Mapping[int, Decision]:
+        worse = {"value": 7.5}
+        return {number: replace(decision, numbers=worse) for number, decision in super().decide(history).items()}
+
+
+@dataclass(frozen=True)
+class GivesAnArray(Base):
+    def decide(self, history: History) -> Mapping[int, Decision]:
+        return {
+            number: replace(decision, numbers={**decision.numbers, "peers": np.arange(2)})  # type: ignore[dict-item]
+            for number, decision in super().decide(history).items()
+        }
+
+
+@dataclass(frozen=True)
+class CountsInNumbers(Base):
+    """Says the same every time, with a number that grows."""
+
+    seen: list[int] = field(default_factory=list, compare=False)
+
+    def decide(self, history: History) -> Mapping[int, Decision]:
+        self.seen.append(0)
+        counted = {"calls": len(self.seen)}
+        decisions = super().decide(history).items()
+        return {number: replace(decision, numbers={**decision.numbers, **counted}) for number, decision in decisions}
 
 
 @dataclass(frozen=True)
 class ReasonsInParagraphs(Base):
     def decide(self, history: History) -> Mapping[int, Decision]:
-        return {number: Decision(decision.verdict, "a\nb") for number, decision in super().decide(history).items()}
+        return {number: replace(decision, reason="a\nb") for number, decision in super().decide(history).items()}
 
 
 @dataclass(frozen=True)
@@ -365,7 +408,12 @@ class ForgetsWhenPickled(Base):
         (testing.check_answers, AnswersWithABool(), "no Decision with a Verdict"),
         (testing.check_answers, Chokes(), "raises KeyError: 'lora_r'"),
         (testing.check_answers, InventsATrial(), "trial 10000, which is unknown"),
-        (testing.check_answers, GivesNoReason(), "without a reason"),
+        (testing.check_answers, GivesNoReason(), "says stop to trial .* without a reason"),
+        (testing.check_answers, PausesWithoutAReason(), "says pause to trial .* without a reason"),
+        (testing.check_numbers, KeepsItsNumbers(), "without its `value`"),
+        (testing.check_numbers, GivesAnotherTrialsValue(), "by the value 7.5, which it never had"),
+        (testing.check_numbers, GivesAnArray(), "no place in JSON"),
+        (testing.check_pure, CountsInNumbers(), "is not pure"),
         (testing.check_answers, ReasonsInParagraphs(), "several lines"),
         (testing.check_answers, StopsTheUnseen(), "no value yet"),
         (testing.check_empty, DecidesOnNothing(), "empty history"),

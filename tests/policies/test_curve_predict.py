@@ -88,8 +88,8 @@ def test_chances_are_calibrated_on_noisy_power_laws() -> None:
         judged = [t for t in history.running if t.number != int(curves[:, 7].argmin())]
         leader = min(history.trials, key=lambda t: max(t.values[-2:]))
         lead = max(leader.values[-2:])
-        for number, _, chance in policy._chances(history, judged, leader):
-            given.append(chance)
+        for number, decision in policy._chances(history, judged, leader):
+            given.append(decision.numbers["chance"])
             came.append(curves[number, -1] < lead)
     chances, hits = np.array(given), np.array(came)
     for low, high in [(0.0, 0.1), (0.1, 0.5), (0.5, 0.9), (0.9, 1.01)]:

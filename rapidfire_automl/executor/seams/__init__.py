@@ -8,6 +8,8 @@ What is relied on, and what happens when it is not so (a line in `Seam.notes`, a
 - transformers' `generate` takes a decoding method (`custom_generate`) -> rollouts of our own agree with the model's
   forward, which is checked before the first one, or else each trial decodes by itself;
 - a trainer asks `set_initial_training_values` for its epochs and ends at `state.max_steps` -> else none is extended;
+- `Trainer`'s loop loads through methods of its own (`_load_...`) and keeps its counters on the instance -> else a
+  trainer can't be captured, and `why_not_durable` says so;
 - plain LoRA layers hold `lora_A`, `lora_B`, `scaling`, `lora_dropout` by adapter name -> else unfused.
 """
 
@@ -29,6 +31,7 @@ from rapidfire_automl.executor.seams.clones import (
     shared_head,
     why_unfusable_base,
 )
+from rapidfire_automl.executor.seams.durable import Durable, why_not_durable
 from rapidfire_automl.executor.seams.rewards import (
     has_rollouts,
     sample_rewards,
@@ -39,8 +42,11 @@ from rapidfire_automl.executor.seams.rewards import (
 from rapidfire_automl.executor.seams.schedule import leave_room, lengthen, why_no_longer
 from rapidfire_automl.executor.seams.selfcheck import Probe, check_rollouts, is_half, is_out_of_memory, self_check
 from rapidfire_automl.executor.seams.trainer import Seam, autocast_dtype, fused_head_settings
+from rapidfire_automl.executor.seams.weights import AdapterWeights, put_optimizer
 
 __all__ = [
+    "AdapterWeights",
+    "Durable",
     "Probe",
     "Seam",
     "adapter_model",
@@ -58,6 +64,7 @@ __all__ = [
     "keep_head_contiguous",
     "leave_room",
     "lengthen",
+    "put_optimizer",
     "refuse",
     "sample_rewards",
     "sampling_as",
@@ -66,6 +73,7 @@ __all__ = [
     "shared_head",
     "why_no_longer",
     "why_no_rewards",
+    "why_not_durable",
     "why_refused",
     "why_unfusable_args",
     "why_unfusable_base",

@@ -6,7 +6,8 @@ transformers' own `generate`; `custom_generate`, its extension point for decodin
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -92,6 +93,19 @@ def decoder(
         )
 
     return decode
+
+
+@contextmanager
+def unchecked(model: torch.nn.Module) -> Iterator[None]:
+    """While open, no layer recomputes its activations, which would keep `generate` from caching."""
+    layers = [module for module in model.modules() if getattr(module, "gradient_checkpointing", False)]
+    for layer in layers:
+        layer.gradient_checkpointing = False  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.gradient_checkpointing = True  # type: ignore[assignment]
 
 
 def count_new(made: Any, prompts: Any, model: Any) -> int:

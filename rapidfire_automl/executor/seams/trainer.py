@@ -181,12 +181,15 @@ class Seam:
         def generate(*args: Any, **kwargs: Any) -> Any:
             if self.fused and not args and rollouts.can_join(causal, kwargs) and self.joint_rollouts():
                 return own(custom_generate=decode, **kwargs)
-            made = own(*args, **kwargs)
+            with rollouts.unchecked(causal):
+                made = own(*args, **kwargs)
             if causal.training:
                 self.generated(rollouts.count_new(made, args[0] if args else kwargs.get("input_ids"), causal))
             return made
 
         self._replace(causal, "generate", generate)
+        # TRL would walk the model three times to switch checkpointing off for a rollout that is not run there.
+        self._replace(self.model, "is_gradient_checkpointing", False)
 
     def _adapter_is_on(self) -> bool:
         return not self._off and not (self._adapted is not None and self._adapted.disable_adapters)

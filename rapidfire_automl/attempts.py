@@ -1,0 +1,121 @@
+"""One trial over several attempts: Optuna never hands a RUNNING trial out again, so what goes on is a new one.
+
+A trial whose process has died is failed, and a WAITING one takes its place, with its parameters, attributes and
+reported values. That is what Optuna's own `RetryHeartbeatStaleTrialCallback` does with the trials of a dead worker, in
+the same system attributes, so both go on alike. A trial keeps its number in the records, the events, the folders and
+for the policy: that of its first attempt, or what `label` has given it, since Optuna's own numbers have gaps then.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+
+import optuna
+from optuna.trial import FrozenTrial
+from optuna.trial import TrialState as OptunaState
+
+NUMBER_ATTR = "rapidfire:number"
+"""The trial attribute that holds its number where that is not Optuna's."""
+_HISTORY = "retry_history"
+_FIRST = "failed_trial"
+
+
+def number_of(trial: optuna.trial.BaseTrial | FrozenTrial) -> int:
+    """A trial's number, the same in all attempts."""
+    label = trial.user_attrs.get(NUMBER_ATTR)
+    if label is not None:
+        return int(label)
+    history = _history(trial)
+    return history[0] if history else trial.number
+
+
+def attempt_of(trial: optuna.trial.BaseTrial | FrozenTrial) -> int:
+    """Which attempt this is, from 1."""
+    return 1 + len(_history(trial))
+
+
+def _history(trial: optuna.trial.BaseTrial | FrozenTrial) -> list[int]:
+    if isinstance(trial, optuna.Trial):
+        attrs = trial.storage.get_trial_system_attrs(trial._trial_id)
+    else:
+        attrs = getattr(trial, "system_attrs", {})
+    return list(attrs.get(_HISTORY) or [])
+
+
+def label(study: optuna.Study, trial: optuna.Trial | FrozenTrial) -> int:
+    """Give a new or queued trial its place among all trials, whatever number of attempts the others took.
+
+    Returns:
+        Its number; Optuna's own in a study without second attempts.
+    """
+    if _history(trial):
+        return number_of(trial)
+    earlier = [other for other in study.get_trials(deepcopy=False) if other.number < trial.number]
+    number = sum(not _history(other) for other in earlier)
+    if isinstance(trial, optuna.Trial):
+        if number != trial.number:
+            trial.set_user_attr(NUMBER_ATTR, number)
+    elif number != trial.number:
+        study._storage.set_trial_user_attr(trial._trial_id, NUMBER_ATTR, number)
+    return number
+
+
+def last_attempts(study: optuna.Study) -> dict[int, FrozenTrial]:
+    """The last attempt at each trial, by the trial's number."""
+    last: dict[int, FrozenTrial] = {}
+    for trial in study.get_trials(deepcopy=False):
+        last[number_of(trial)] = trial
+    return dict(sorted(last.items()))
+
+
+def finished(study: optuna.Study) -> Sequence[FrozenTrial]:
+    """The last attempt at each trial that has ended."""
+    return [trial for trial in last_attempts(study).values() if trial.state.is_finished()]
+
+
+def retry(study: optuna.Study, trial: FrozenTrial) -> FrozenTrial | None:
+    """Fail a trial whose process is gone and put a new attempt in its place.
+
+    Args:
+        study: Its study.
+        trial: A RUNNING trial.
+
+    Returns:
+        The WAITING attempt; None if somebody else was faster.
+    """
+    storage = study._storage
+    try:
+        if not storage.set_trial_state_values(trial._trial_id, state=OptunaState.FAIL):
+            return None
+    except optuna.exceptions.UpdateFinishedTrialError:
+        return None
+    return again(study, trial)
+
+
+def again(study: optuna.Study, trial: FrozenTrial) -> FrozenTrial:
+    """A new, WAITING attempt at a trial that has failed."""
+    attrs = copy.deepcopy(trial.system_attrs)
+    attrs.setdefault(_FIRST, trial.number)
+    attrs[_HISTORY] = [*(attrs.get(_HISTORY) or []), trial.number]
+    attempt = optuna.create_trial(
+        state=OptunaState.WAITING,
+        params=dict(trial.params),
+        distributions=dict(trial.distributions),
+        user_attrs=copy.deepcopy(trial.user_attrs),
+        system_attrs=attrs,
+        intermediate_values=dict(trial.intermediate_values),
+    )
+    trial_id = study._storage.create_new_trial(study._study_id, template_trial=attempt)
+    return study._storage.get_trial(trial_id)
+
+
+def take(study: optuna.Study, trial: FrozenTrial) -> optuna.Trial | None:
+    """Begin a WAITING trial; None if somebody else has."""
+    storage = study._storage
+    try:
+        if not storage.set_trial_state_values(trial._trial_id, state=OptunaState.RUNNING):
+            return None
+    except optuna.exceptions.UpdateFinishedTrialError:
+        return None
+    return optuna.Trial(study, trial._trial_id)

@@ -1,0 +1,385 @@
+"""What makes a search survive its process: checkpoints of its trials, a journal of its decisions, and how it goes on.
+
+At a boundary a trial's whole state is handed to a writer, which works while others train. Its verdict is in the journal
+before it takes effect. After a kill each trial goes on from its newest checkpoint that is whole: what was judged later
+is not judged again, only trained again; what was trained but not judged is judged first. So at most one chunk of each
+trial is done twice.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import optuna
+import torch
+from optuna.trial import TrialState as OptunaState
+from torch import nn
+
+from rapidfire_automl import attempts, failpoints
+from rapidfire_automl.executor.arm import Arm
+from rapidfire_automl.executor.checkpoints import Snapshot, chunk_folder, newest
+from rapidfire_automl.executor.evaluation import Measured
+from rapidfire_automl.executor.journal import Journal, Past, SearchDiffers, differences
+from rapidfire_automl.executor.writing import Trouble, Writer, Written
+from rapidfire_automl.records import TrialRecord
+from rapidfire_automl.seeding import seed_of
+from rapidfire_policies.base import Decision, TrialState, Verdict
+
+_KEEP = 2
+"""Checkpoints of a trial that are kept: the newest, and the one to fall back to if it is damaged."""
+_ENDED = "ended"
+_CHECKPOINTS = "checkpoints"
+
+
+@dataclass(slots=True)
+class Restored:
+    """What a trial goes on from.
+
+    Args:
+        snapshot: Its checkpoint, or None where it had none: it begins anew.
+        attempt: Which attempt this is, from 1.
+    """
+
+    snapshot: Snapshot | None
+    attempt: int
+
+
+@dataclass(slots=True)
+class Unfinished:
+    """A trial that goes on.
+
+    Args:
+        trial: Its new attempt.
+        record: Its story so far.
+        judged: Chunks on which there is a verdict.
+        final: The last of them, if it is the trial's end.
+        ruling: The last of them, if a person has paused the trial or wants it back.
+        restored: What it goes on from.
+    """
+
+    trial: optuna.Trial
+    record: TrialRecord
+    judged: int
+    final: Decision | None
+    ruling: Decision | None
+    restored: Restored
+
+
+class Durability:
+    """A search's folder.
+
+    Args:
+        folder: Where trials' files go.
+        tell: Emits an event (kind, arm or None, data).
+
+    Raises:
+        FolderInUse: Another process searches there.
+    """
+
+    def __init__(self, folder: Path, tell: Callable[..., None]) -> None:
+        self._folder = folder
+        self._tell = tell
+        self._journal = Journal(folder)
+        self._writer = Writer(keep=_KEEP, on_written=self._written, on_trouble=self._trouble)
+        self._on = False
+        self.sampler_seed = 0
+        self._written_bytes = 0
+        self._written_s = 0.0
+        self._over_there: dict[Path, Path] = {}
+
+    # -- beginning and ending ------------------------------------------------------------------------------------------
+
+    def begin(self, study: optuna.Study, facts: Mapping[str, Any]) -> Past | None:
+        """Begin a search, or find what is left of it.
+
+        Args:
+            study: Its study.
+            facts: What is searched, to compare.
+
+        Returns:
+            What an earlier process has left, or None if there is nothing to go on with.
+
+        Raises:
+            SearchDiffers: There is a search to go on with, but of something else.
+        """
+        past = self._journal.past
+        mine = {**facts, "study": study.study_name}
+        known = attempts.last_attempts(study)
+        same = past.facts.get("study") == study.study_name and all(number in known for number in past.asked)
+        unfinished = same and not past.over
+        if unfinished and (differ := differences(past.facts, mine)):
+            raise SearchDiffers(
+                f"The search in {self._folder} can't go on: {'; '.join(differ)}. Set it back, or take another folder."
+            )
+        self._on = True
+        if not same:
+            self._forget()
+        self.sampler_seed = past.sampler_seed if unfinished else seed_of(study.sampler)
+        self._journal.write("search", facts=mine, sampler_seed=self.sampler_seed)
+        return past if unfinished else None
+
+    def _forget(self) -> None:
+        """Another search's checkpoints are not ours."""
+        for leftover in (self._folder / "trials").glob("*"):
+            for name in (_CHECKPOINTS, _ENDED):
+                shutil.rmtree(leftover / name, ignore_errors=True)
+
+    def over(self) -> None:
+        """The search has come to its end."""
+        if self._on:
+            self._journal.write("over")
+            self._on = False
+
+    def close(self) -> None:
+        """Write what is left to write and let others in."""
+        self._writer.close()
+        self._journal.close()
+
+    # -- as it goes ----------------------------------------------------------------------------------------------------
+
+    def asked(self, number: int) -> None:
+        """A trial is begun for the first time."""
+        if self._on:
+            shutil.rmtree(self._of(number, _CHECKPOINTS), ignore_errors=True)
+            shutil.rmtree(self._of(number, _ENDED), ignore_errors=True)
+            self._journal.write("asked", trial=number)
+
+    def judged(self, verdicts: list[tuple[int, int, str, str]], *, by_hand: bool = False) -> None:
+        """A round is over, or a person has decided; the verdicts take effect after this."""
+        if self._on and by_hand:
+            self._journal.write("ruled", verdicts=verdicts)
+            failpoints.hit("command.ruled")
+        elif self._on:
+            failpoints.hit("round.judging")
+            self._journal.write("round", verdicts=verdicts)
+            failpoints.hit("round.judged")
+
+    @property
+    def is_on(self) -> bool:
+        """Whether a search is under way that is to survive."""
+        return self._on
+
+    def save(self, arm: Arm, trainer: Any, snapshot: Snapshot) -> None:
+        """Hand a trial's state to the writer.
+
+        Args:
+            arm: At a boundary, its chunk recorded.
+            trainer: Its trainer.
+            snapshot: The trainer's state.
+        """
+        if self._on:
+            tree = {**snapshot.tree, "record": to_tree(arm.record), "data": fingerprint_of_data(trainer)}
+            folder = chunk_folder(self._of(arm.number, _CHECKPOINTS), len(arm.record.values))
+            self._writer.submit(folder, replace(snapshot, tree=tree))
+
+    def ended(self, arm: Arm, kind: str, vector: Sequence[float], reason: str) -> None:
+        """A trial is through, whatever came of it: keep its story, drop its checkpoints."""
+        if not self._on:
+            return
+        number = arm.number
+        self._journal.write(
+            "ended", trial=number, outcome=kind, vector=list(vector), reason=reason, adapter=arm.record.adapter
+        )
+        failpoints.hit("trial.ended")
+        folder = chunk_folder(self._of(number, _ENDED), len(arm.record.values))
+        self._over_there[folder] = self._of(number, _CHECKPOINTS)
+        self._writer.submit(folder, Snapshot({"record": to_tree(arm.record)}, {}, {}))
+
+    def base(self, measured: Measured) -> None:
+        """Keep what the untrained base is worth."""
+        if self._on:
+            tree = {"vector": list(measured.vector), "scores": measured.scores}
+            self._writer.submit(chunk_folder(self._folder / "base", 0), Snapshot(tree, {}, {}))
+
+    def _written(self, written: Written) -> None:
+        self._written_bytes += written.bytes
+        self._written_s += written.seconds
+        if written.folder in self._over_there:  # the trial's story is safe, its weights nobody needs
+            shutil.rmtree(self._over_there.pop(written.folder), ignore_errors=True)
+        self._tell("checkpoint", None, folder=str(written.folder), bytes=written.bytes, seconds=written.seconds)
+
+    def _trouble(self, trouble: Trouble) -> None:
+        self._tell(f"writing_{trouble.kind}", None, folder=str(trouble.folder), reason=trouble.reason)
+
+    @property
+    def cost(self) -> tuple[int, float]:
+        """Bytes written and seconds they took, in the background."""
+        return self._written_bytes, self._written_s
+
+    def _of(self, number: int, what: str) -> Path:
+        return self._folder / "trials" / str(number) / what
+
+    # -- going on ------------------------------------------------------------------------------------------------------
+
+    def restore_base(self) -> Measured | None:
+        """What the untrained base was worth, if it is known."""
+        found = self._newest(self._folder / "base")
+        if found is None:
+            return None
+        return Measured(tuple(found.tree["vector"]), np.asarray(found.tree["scores"]))
+
+    def go_on(self, study: optuna.Study, past: Past) -> tuple[list[TrialRecord], list[Unfinished]]:
+        """Take up a search: finish what was decided, and have new attempts made of what was not finished.
+
+        Args:
+            study: Its study.
+            past: What the journal says.
+
+        Returns:
+            The records of trials that have ended, and the trials that go on, both in trial order.
+        """
+        over: list[TrialRecord] = []
+        going: list[Unfinished] = []
+        last = attempts.last_attempts(study)
+        for number in sorted(past.asked):
+            trial = last[number]
+            if number in past.ended:
+                over.append(self._over(study, trial, past))
+                continue
+            if trial.state is OptunaState.RUNNING:
+                waiting = attempts.retry(study, trial)
+            elif trial.state is OptunaState.FAIL:
+                waiting = attempts.again(study, trial)
+            elif trial.state is OptunaState.WAITING:
+                waiting = trial
+            else:  # told, but its end not journaled: there is nothing left to do
+                over.append(self._over(study, trial, past))
+                continue
+            begun = None if waiting is None else attempts.take(study, waiting)
+            if begun is not None:
+                going.append(self._unfinished(begun, number, past))
+        return over, going
+
+    def _over(self, study: optuna.Study, trial: optuna.trial.FrozenTrial, past: Past) -> TrialRecord:
+        """The record of a trial that has ended; Optuna is told if it has not been."""
+        number = attempts.number_of(trial)
+        ended = past.ended.get(number, {})
+        found = self._newest(self._of(number, _ENDED)) or self._newest(self._of(number, _CHECKPOINTS))
+        record = TrialRecord(number) if found is None else from_tree(found.tree["record"])
+        record.params = record.params or dict(trial.params)
+        record.verdicts = list(past.verdicts.get(number, []))
+        kind = ended.get("outcome")
+        if kind is not None:
+            states = {"complete": TrialState.COMPLETE, "pruned": TrialState.STOPPED}
+            record.state = states.get(kind, TrialState.FAILED)
+            record.adapter = ended.get("adapter")
+            record.error = record.error or (ended.get("reason") if kind == "failed" else None)
+            if not trial.state.is_finished():
+                vector = [float(value) for value in ended["vector"]]
+                state = {"complete": OptunaState.COMPLETE, "pruned": OptunaState.PRUNED}.get(kind, OptunaState.FAIL)
+                study.tell(trial.number, vector if state is OptunaState.COMPLETE else None, state=state)
+        return record
+
+    def _unfinished(self, trial: optuna.Trial, number: int, past: Past) -> Unfinished:
+        found = self._newest(self._of(number, _CHECKPOINTS))
+        record = TrialRecord(number) if found is None else from_tree(found.tree["record"])
+        record.params = record.params or dict(trial.params)
+        record.verdicts = list(past.verdicts.get(number, []))
+        record.state = TrialState.PAUSED if past.is_paused(number) else TrialState.RUNNING
+        record.error = None
+        judged = past.judged.get(number, 0)
+        final = past.final(number)
+        if final is not None and final.verdict is Verdict.STOP:
+            _fill(record, trial, judged)
+        return Unfinished(
+            trial, record, judged, final, past.ruling(number), Restored(found, attempts.attempt_of(trial))
+        )
+
+    def _newest(self, folder: Path) -> Snapshot | None:
+        if not folder.is_dir():
+            return None
+        found = newest(folder)
+        for path, why in found.damaged:
+            self._tell("checkpoint_damaged", None, folder=str(path), reason=why)
+        return found.snapshot
+
+
+def _fill(record: TrialRecord, trial: optuna.Trial, chunks: int) -> None:
+    """Values of chunks that were reported and judged, and whose checkpoint was not whole yet, for a stopped trial."""
+    reported = trial.study.get_trials(deepcopy=False)[trial.number].intermediate_values
+    for chunk in range(len(record.values) + 1, chunks + 1):
+        if chunk in reported:
+            record.add_chunk((reported[chunk],), np.empty(0), {}, 0.0, 0)
+
+
+def fingerprint_of_base(model: nn.Module) -> str:
+    """Of a base's shapes, and of a few numbers of each of its tensors."""
+    digest = hashlib.sha256()
+    for name, tensor in model.state_dict().items():
+        few = tensor.detach().flatten()[:16].to("cpu", torch.float32).numpy().tobytes()
+        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode() + few)
+    return digest.hexdigest()[:16]
+
+
+def fingerprint_of_data(trainer: Any) -> dict[str, Any]:
+    """Of a trainer's data sets: rows, columns, and the first, middle and last row."""
+    return {name: _fingerprint(getattr(trainer, name, None)) for name in ("train_dataset", "eval_dataset")}
+
+
+def _fingerprint(rows: Any) -> Any:
+    if isinstance(rows, Mapping):
+        return {str(name): _fingerprint(part) for name, part in rows.items()}
+    if rows is None or not hasattr(rows, "__len__") or not len(rows):
+        return None
+    picked = [rows[i] for i in sorted({0, len(rows) // 2, len(rows) - 1})]
+    text = json.dumps(picked, sort_keys=True, default=str)
+    return f"{len(rows)} rows, {hashlib.sha256(text.encode()).hexdigest()[:16]}"
+
+
+def check_same_trial(arm: Arm, trainer: Any, space: Mapping[str, Any]) -> None:
+    """Raise SearchDiffers if a trial that goes on was begun as another one.
+
+    Args:
+        arm: With its parameters as suggested now.
+        trainer: Built now.
+        space: The distributions of the study's other trials, by parameter.
+    """
+    where = f"Trial {arm.number} can't go on"
+    for name, distribution in arm.trial.distributions.items():
+        if name in space and space[name] != distribution:
+            raise SearchDiffers(f"{where}: the search space of `{name}` was {space[name]}, is {distribution}.")
+    restored = arm.restored
+    if restored is None or restored.snapshot is None:
+        return
+    tree = restored.snapshot.tree
+    before, now = tree["record"]["params"], dict(arm.trial.params)
+    if set(before) != set(now):
+        names = ", ".join(f"`{name}`" for name in sorted(set(before) ^ set(now)))
+        raise SearchDiffers(f"{where}: the search space has changed by {names}.")
+    data = fingerprint_of_data(trainer)
+    if differ := differences(tree["data"], data):
+        raise SearchDiffers(f"{where}: {'; '.join(differ)}.")
+
+
+def to_tree(record: TrialRecord) -> dict[str, Any]:
+    """A record as a tree of arrays and JSON values."""
+    tree = {field.name: getattr(record, field.name) for field in fields(record)}
+    tree["state"] = record.state.name
+    return tree
+
+
+def from_tree(tree: Mapping[str, Any]) -> TrialRecord:
+    """The inverse of `to_tree`."""
+    known = {field.name for field in fields(TrialRecord)}
+    given = {name: value for name, value in tree.items() if name in known}
+    given["state"] = TrialState[tree["state"]]
+    for name in ("vectors", "verdicts", "spans"):
+        given[name] = [tuple(item) for item in given.get(name, ())]
+    given["scores"] = [np.asarray(scores) for scores in given.get("scores", ())]
+    return TrialRecord(**given)
+
+
+def distributions(trials: Iterable[optuna.trial.FrozenTrial]) -> dict[str, Any]:
+    """The first distribution of each parameter."""
+    found: dict[str, Any] = {}
+    for trial in trials:
+        for name, distribution in trial.distributions.items():
+            found.setdefault(name, distribution)
+    return found

@@ -1,0 +1,190 @@
+"""The journal of a search: what was decided, on disk before anything follows from it.
+
+`journal.jsonl` in the search's folder, one entry a line: what is searched, every round's verdicts, every
+verdict of a person, every trial's end.
+Curves and weights stand in the trials' checkpoints. A line that a kill has cut short is dropped: what it would have
+said is decided again, and decided alike.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import IO, Any
+
+from rapidfire_automl.jsonable import dumps
+from rapidfire_policies.base import Decision, Verdict
+
+try:
+    import fcntl
+except ImportError:  # Windows: nobody keeps a second process out
+    fcntl = None  # type: ignore[assignment]
+
+NAME = "journal.jsonl"
+
+
+class FolderInUse(RuntimeError):
+    """Another process searches in this folder."""
+
+
+class SearchDiffers(ValueError):
+    """A search can't go on as another one."""
+
+
+@dataclass(slots=True)
+class Past:
+    """What a journal says of a search that was begun before.
+
+    Args:
+        facts: What is searched.
+        asked: Trials that were begun, in order.
+        verdicts: Per trial `(chunk, verdict, reason)`, in order.
+        judged: Per trial, the chunks that were judged.
+        by_hand: Trials whose last verdict was a person's.
+        ended: Per trial, how it has ended.
+        rounds: Rounds that were closed.
+        over: Whether the search has come to its end.
+        sampler_seed: What proposals are drawn from.
+    """
+
+    facts: dict[str, Any] = field(default_factory=dict)
+    asked: list[int] = field(default_factory=list)
+    verdicts: dict[int, list[tuple[int, str, str]]] = field(default_factory=dict)
+    judged: dict[int, int] = field(default_factory=dict)
+    by_hand: set[int] = field(default_factory=set)
+    ended: dict[int, dict[str, Any]] = field(default_factory=dict)
+    rounds: int = 0
+    over: bool = False
+    sampler_seed: int = 0
+
+    def is_paused(self, number: int) -> bool:
+        """Whether a trial was paused and has not trained since."""
+        verdicts = self.verdicts.get(number, [])
+        chunk = self.judged.get(number, 0)
+        return any(verdict == "pause" and at == chunk for at, verdict, _ in verdicts)
+
+    def final(self, number: int) -> Decision | None:
+        """The last verdict on a trial, if that has ended it, or let it go on after a pause."""
+        verdicts = self.verdicts.get(number)
+        if not verdicts:
+            return None
+        _, verdict, reason = verdicts[-1]
+        ends = verdict in (Verdict.STOP, Verdict.COMPLETE)
+        return (
+            Decision(Verdict(verdict), reason) if ends or (self.is_paused(number) and verdict == "continue") else None
+        )
+
+    def ruling(self, number: int) -> Decision | None:
+        """What a person has decided of a paused trial: that it stays paused, or goes on."""
+        if number not in self.by_hand or not self.is_paused(number):
+            return None
+        _, verdict, reason = self.verdicts[number][-1]
+        return None if verdict == Verdict.STOP else Decision(Verdict(verdict), reason)
+
+
+class Journal:
+    """Appends to a folder's journal, and keeps other processes out of the folder meanwhile.
+
+    Args:
+        folder: Made when missing.
+
+    Raises:
+        FolderInUse: Another process has it.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        self._lock = (folder / "lock").open("a", encoding="utf-8")
+        if fcntl is not None:
+            try:
+                fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError as error:
+                self._lock.close()
+                raise FolderInUse(
+                    f"Another process searches in {folder}. Wait for it, or take another folder."
+                ) from error
+        self.past = read(folder / NAME)
+        self._file: IO[str] = (folder / NAME).open("a", encoding="utf-8")
+        if self._file.tell() and not _ends_a_line(folder / NAME):
+            self._file.write("\n")
+        self._writing = threading.Lock()
+
+    def write(self, kind: str, **data: Any) -> None:
+        """Append an entry; it is on disk when this returns.
+
+        Raises:
+            OSError: It could not be written.
+        """
+        with self._writing:
+            if self._file.closed:
+                return
+            self._file.write(dumps({"kind": kind, **data}) + "\n")
+            self._file.flush()
+            os.fsync(self._file.fileno())
+
+    def close(self) -> None:
+        """Let others in."""
+        with self._writing:
+            self._file.close()
+            self._lock.close()
+
+
+def read(path: Path) -> Past:
+    """What a journal says; nothing where there is none."""
+    past = Past()
+    for entry in _entries(path):
+        kind = entry.get("kind")
+        if kind == "search":
+            past.facts, past.over, past.sampler_seed = dict(entry["facts"]), False, entry["sampler_seed"]
+        elif kind == "asked":
+            past.asked.append(entry["trial"])
+        elif kind in ("round", "ruled"):
+            past.rounds += kind == "round"
+            for number, chunk, verdict, reason in entry["verdicts"]:
+                past.judged[number] = max(chunk, past.judged.get(number, 0))
+                if verdict:
+                    past.verdicts.setdefault(number, []).append((chunk, verdict, reason))
+                    (past.by_hand.add if kind == "ruled" else past.by_hand.discard)(number)
+        elif kind == "ended":
+            past.ended[entry["trial"]] = dict(entry)
+        elif kind == "over":
+            past.over = True
+    return past
+
+
+def _entries(path: Path) -> Iterator[Mapping[str, Any]]:
+    try:
+        lines: Sequence[str] = path.read_text(encoding="utf-8", errors="replace").splitlines()
+    except FileNotFoundError:
+        return
+    for line in lines:
+        try:
+            entry = json.loads(line)
+        except ValueError:
+            continue  # cut short by a kill
+        if isinstance(entry, dict):
+            yield entry
+
+
+def _ends_a_line(path: Path) -> bool:
+    with path.open("rb") as file:
+        file.seek(-1, os.SEEK_END)
+        return file.read(1) == b"\n"
+
+
+def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """What differs between what was searched and what is to be, in words; what only one has is no difference."""
+    return [
+        f"`{name}` was {_short(before[name])}, is {_short(now[name])}"
+        for name in before
+        if name in now and before[name] != now[name]
+    ]
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 80 else text[:77] + "..."

@@ -1,0 +1,217 @@
+"""`events.jsonl`: every event of a search as one line of JSON, appended; and how it is read back."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import threading
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from io import RawIOBase
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self, TypeGuard
+
+from rapidfire_automl.events import Event, Listener
+from rapidfire_automl.jsonable import dumps
+
+_log = logging.getLogger("rapidfire_automl")
+
+FILE = "events.jsonl"
+"""Its name in the run folder."""
+
+_BLOCK_BYTES = 65536
+_sync = getattr(os, "fdatasync", os.fsync)
+
+
+class Journal:
+    """The listener that keeps `events.jsonl`, and what only events tell, and passes every event on.
+
+    A line is an event with `seq`, which counts up through all searches in the file, and `time`, the wall clock in UTC.
+    Each is handed to the system as it happens, and a verdict is on the disk before anyone acts on it. What a killed
+    search left of a last line is cut off when the next one goes on. Lines that can't be written, since the disk is
+    full, wait in memory for the next event.
+
+    Args:
+        path: The file; made when missing.
+        listeners: Called with every event, after it is in the file.
+    """
+
+    def __init__(self, path: Path, listeners: Iterable[Listener] = ()) -> None:
+        self._path = path
+        self._file = path.open("ab+", buffering=0)
+        whole, self._seq = _end_of(self._file)
+        self._file.truncate(whole)
+        self._waiting = b""
+        self._is_full = False
+        self._listeners = tuple(listeners)
+        self._lock = threading.RLock()
+        self.start_s = time.monotonic()
+        self.first_verdict_s: float | None = None
+        self.chunk_ends_s: dict[int, list[float]] = {}
+
+    def __call__(self, event: Event) -> None:
+        """Write the event down and pass it on; an event that comes after the end is dropped."""
+        with self._lock:
+            if self._file.closed:
+                return
+            if event.kind == "verdict" and self.first_verdict_s is None:
+                self.first_verdict_s = self.elapsed_s
+            if event.kind == "chunk_done" and event.trial is not None:
+                self.chunk_ends_s.setdefault(event.trial, []).append(event.time_s)
+            self._seq += 1
+            now = datetime.now(UTC).isoformat(timespec="milliseconds")
+            line = dumps(
+                {
+                    "seq": self._seq,
+                    "time": now,
+                    "kind": event.kind,
+                    "time_s": event.time_s,
+                    "trial": event.trial,
+                    "chunk": event.chunk,
+                    "data": event.data,
+                }
+            )
+            self._write(line.encode(errors="backslashreplace") + b"\n", sync=event.kind == "verdict")
+            for listener in self._listeners:
+                try:
+                    listener(event)
+                except Exception:
+                    _log.exception("A listener failed on %s; the search goes on.", event.kind)
+
+    def _write(self, line: bytes, *, sync: bool) -> None:
+        self._waiting += line
+        try:
+            while self._waiting:
+                self._waiting = self._waiting[self._file.write(self._waiting) or 0 :]
+            if sync:
+                _sync(self._file.fileno())
+        except OSError as error:
+            if not self._is_full:
+                _log.warning("%s cannot be written (%s); its lines are kept for later.", self._path, error)
+            self._is_full = True
+        else:
+            self._is_full = False
+
+    @property
+    def elapsed_s(self) -> float:
+        """Seconds since the journal was opened."""
+        return time.monotonic() - self.start_s
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        with self._lock:
+            if not self._file.closed:
+                self._write(b"", sync=True)
+                self._file.close()
+
+
+@dataclass(frozen=True)
+class Line:
+    """One line of `events.jsonl`.
+
+    Args:
+        seq: Its number; 0 where the line has none.
+        time: The wall clock, ISO 8601 in UTC; "" where the line has none.
+        event: The event. Its `data` is plain JSON: NaN and infinities are text.
+    """
+
+    seq: int
+    time: str
+    event: Event
+
+
+@dataclass(frozen=True)
+class Log:
+    """What `events.jsonl` holds.
+
+    Args:
+        lines: In the order of the file.
+        torn: The last line is cut off, as a kill leaves it (or it is just being written).
+        damaged: Other lines that are no events, counted from 1.
+    """
+
+    lines: tuple[Line, ...]
+    torn: bool
+    damaged: tuple[int, ...]
+
+
+def read_events(run_dir: str | os.PathLike[str]) -> Log:
+    """Read the events of a run folder; a search may be writing them.
+
+    Args:
+        run_dir: The run folder.
+
+    Raises:
+        ValueError: There is no such folder, or no events in it.
+    """
+    folder = Path(run_dir)
+    if not folder.is_dir():
+        raise ValueError(f"`run_dir` must be a run folder, there is no folder {folder}.")
+    try:
+        text = (folder / FILE).read_bytes()
+    except OSError as error:
+        raise ValueError(
+            f"`run_dir` must hold {FILE}, {folder} has none that can be read: {error.strerror}."
+        ) from error
+    lines, damaged = [], []
+    *whole, rest = text.split(b"\n")
+    for number, raw in enumerate(whole, start=1):
+        line = _parse(raw)
+        if line is not None:
+            lines.append(line)
+        elif raw.strip():
+            damaged.append(number)
+    return Log(tuple(lines), torn=bool(rest), damaged=tuple(damaged))
+
+
+def _parse(raw: bytes) -> Line | None:
+    """The line, or None where it is no event."""
+    try:
+        entry = json.loads(raw)
+    except (ValueError, RecursionError):
+        return None
+    if not isinstance(entry, dict) or not isinstance(entry.get("kind"), str):
+        return None
+    trial, chunk, data = (entry.get(name) for name in ("trial", "chunk", "data"))
+    seq, at, time_s = (entry.get(name) for name in ("seq", "time", "time_s"))
+    return Line(
+        seq if _is_int(seq) else 0,
+        at if isinstance(at, str) else "",
+        Event(
+            entry["kind"],
+            float(time_s) if isinstance(time_s, (int, float)) else 0.0,
+            trial if _is_int(trial) else None,
+            chunk if _is_int(chunk) else None,
+            data if isinstance(data, dict) else {},
+        ),
+    )
+
+
+def _is_int(value: Any) -> TypeGuard[int]:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _end_of(file: RawIOBase) -> tuple[int, int]:
+    """Bytes of the whole lines in a file, and the last sequence number in them."""
+    size, block = file.seek(0, os.SEEK_END), _BLOCK_BYTES
+    while True:
+        start = max(0, size - block)
+        file.seek(start)
+        tail = file.read(size - start) or b""
+        whole = tail.rfind(b"\n") + 1
+        # The first line of a block that does not start the file may be the end of one.
+        for raw in reversed(tail[:whole].split(b"\n")[bool(start) :]):
+            line = _parse(raw)
+            if line is not None and line.seq:
+                return start + whole, line.seq
+        if not start:
+            return whole, 0
+        block *= 16

@@ -1,0 +1,118 @@
+"""What the names in a search file stand for: classes, storages, folders, bases."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import optuna
+
+from rapidfire_automl.settings import SettingsError
+
+FACTS = "search.json"
+"""What is searched in a run folder: the settings by key, without how many trials, slots and seconds it may take."""
+
+
+def load(name: str, key: str) -> Any:
+    """The object that "package.module:Name" means."""
+    module, _, attribute = name.partition(":")
+    try:
+        return getattr(importlib.import_module(module), attribute)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise SettingsError(f"`{key}`: {name} cannot be imported: {first_line(error)}") from None
+
+
+def no_such(key: str, name: str, known: Sequence[str]) -> str:
+    """One line that says what `key` may be."""
+    return f'`{key}` must be one of {", ".join(known)} or "package.module:Name", got "{name}".'
+
+
+def storage(text: str | None) -> str | optuna.storages.BaseStorage | None:
+    """A URL is taken as it is; a file is a journal if it ends in .log, else SQLite."""
+    if text is None or "://" in text:
+        return text
+    if text.endswith(".log"):
+        from optuna.storages.journal import JournalFileBackend
+
+        return optuna.storages.JournalStorage(JournalFileBackend(text))
+    return f"sqlite:///{text}"
+
+
+def new_run_dir(given: str | None, name: str) -> Path:
+    """The run folder of a search that does not go on: the one given, or the next free one; not made yet."""
+    return run_dir_of(given, name, {})
+
+
+def run_dir_of(given: str | None, name: str, facts: Mapping[str, Any]) -> Path:
+    """The run folder that `output.dir` means, or the next free one; not made yet.
+
+    A folder with a search that has not come to its end is taken if that search is this one, to go on with it.
+
+    Args:
+        given: `output.dir`.
+        name: Of the search, where that is None: `runs/<name>`, `runs/<name>-2`, ...
+        facts: What is searched.
+
+    Raises:
+        SettingsError: `output.dir` holds a search that is over, or another one.
+    """
+    if given is not None:
+        folder = Path(given)
+        before = _unfinished(folder)
+        if before is None:
+            if (folder / "summary.json").exists():
+                raise SettingsError(f"`output.dir`: {given} already holds a search; name another folder.")
+        elif differ := [key for key in sorted({*before, *facts}) if before.get(key) != facts.get(key)]:
+            said = "; ".join(f"`{key}` was {before.get(key)!r:.80}, is {facts.get(key)!r:.80}" for key in differ[:3])
+            raise SettingsError(f"`output.dir`: the search in {given} can't go on: {said}. Name another folder.")
+        return folder
+    taken, folder, last = 1, Path("runs") / name, None
+    while folder.exists():
+        taken, last = taken + 1, folder
+        folder = Path("runs") / f"{name}-{taken}"
+    return last if last is not None and facts and _unfinished(last) == dict(facts) else folder
+
+
+def _unfinished(folder: Path) -> dict[str, Any] | None:
+    """What is searched in a folder, if that was begun and has not come to its end."""
+    try:
+        facts = json.loads((folder / FACTS).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    try:
+        status = json.loads((folder / "summary.json").read_text(encoding="utf-8")).get("status")
+    except (OSError, ValueError, AttributeError):
+        status = None
+    return facts if isinstance(facts, dict) and status not in ("complete", "failed") else None
+
+
+def find_base(model: str, folder: Path) -> str:
+    """The folder or hub id that `base.model` means."""
+    for path in (folder / model, Path(model).expanduser()):
+        if path.is_dir():
+            if not (path / "config.json").is_file():
+                raise SettingsError(f"`base.model`: {path} holds no model, it has no config.json.")
+            return str(path)
+    if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", model) or model.startswith("."):
+        raise SettingsError(f"`base.model`: there is no folder {model}, and it is no hub id either.")
+    return model
+
+
+def check_base(model: str) -> None:
+    """Read the base's configuration, a few hundred bytes, so that a misspelt name is found now."""
+    from transformers import AutoConfig
+
+    try:
+        AutoConfig.from_pretrained(model)
+    except Exception as error:  # the hub, the network and the parser have their own kinds of errors
+        raise SettingsError(f"`base.model`: {model} cannot be loaded: {first_line(error)}") from error
+
+
+def first_line(error: BaseException) -> str:
+    """An error in one line."""
+    lines = [line for line in str(error).strip().splitlines() if line.strip()]
+    return lines[0].strip() if lines else type(error).__name__
