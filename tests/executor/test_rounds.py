@@ -516,7 +516,8 @@ def test_events_tell_the_whole_story() -> None:
     ]
     stopped = [event for event in done.events if event.trial == 1]
     assert [event.kind for event in stopped[-3:]] == ["chunk_done", "verdict", "trial_ended"]
-    assert stopped[-2].data == {"verdict": "stop", "reason": "scripted at (1, 1)"}
+    said = {"verdict": "stop", "reason": "scripted at (1, 1)", "by": "Scripted", "numbers": {}}
+    assert stopped[-2].data == said
     end = stopped[-1].data
     assert (end["state"], end["value"], end["adapter"]) == ("pruned", done.values()[1][0], None)
     start = stopped[0].data
