@@ -19,6 +19,7 @@ import numpy as np
 import optuna
 import torch
 from numpy.typing import NDArray
+from optuna.storages import InMemoryStorage
 from optuna.study import StudyDirection
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -75,8 +76,8 @@ class RapidFireExecutor(Controls):
         eval_sampling: How answers are sampled where rewards are compared, alike for all trials.
         plan: How requests are split into joint passes: None to calibrate, a `Plan`, or the path of a recorded one.
         output_dir: Where adapters go, `<output_dir>/trials/<number>/adapter`; a temporary folder by default.
-        durable: Whether `optimize` keeps checkpoints there, so that after a kill the same call on the same study goes
-            on; by default if `output_dir` is given.
+        durable: Whether `optimize` keeps checkpoints there, so that after a kill the same call on the same stored study
+            goes on; by default if `output_dir` is given.
         listeners: Called with every `Event`.
 
     Raises:
@@ -273,9 +274,10 @@ class RapidFireExecutor(Controls):
         assert self._conductor is not None
         assert self._runner is not None
         runner = self._runner
-        if self._durable and self._durability is None:
+        stored = not isinstance(study._storage, InMemoryStorage)  # a killed process takes the others with it
+        if self._durable and stored and self._durability is None:
             self._durability = Durability(self._folder(0).parent.parent, self._tell)
-        loop = Loop(study, self._arm, lambda arm: runner.run(arm, build), self._durability)
+        loop = Loop(study, self._arm, lambda arm: runner.run(arm, build), self._durability if stored else None)
         begun, left = self._take_up(study, n_trials, loop)
         source = Asking(study, left, loop.start, timeout_s, lambda asked: loop.seed(begun + asked))
         for queued in enqueueing.left_over(study) if begun else ():
@@ -467,7 +469,7 @@ class RapidFireExecutor(Controls):
         Returns:
             How many trials were begun, and how many are left to ask for beside those that people have added.
         """
-        durability = self._durability
+        durability = loop.durability
         if durability is None:
             return 0, n_trials
         assert self._base is not None

@@ -36,7 +36,7 @@ class Loop:
         self._study = study
         self._arm_of = arm_of
         self._run = run
-        self._durability = durability
+        self.durability = durability
         self._threads: dict[int, threading.Thread] = {}
         self._outcomes: dict[int, Outcome] = {}
         if hasattr(study, "_stop_flag"):
@@ -44,16 +44,16 @@ class Loop:
 
     def seed(self, asked: int) -> None:
         """Have the next proposal depend on its place in the search alone, where the search is to survive."""
-        if self._durability is not None:
-            reseed(self._study.sampler, self._durability.sampler_seed, asked)
+        if self.durability is not None:
+            reseed(self._study.sampler, self.durability.sampler_seed, asked)
 
     def start(self, trial: optuna.Trial) -> Arm:
         """Begin a trial that was asked for."""
-        if self._durability is None:
+        if self.durability is None:
             return self.launch(self._arm_of(trial))
         attempts.label(self._study, trial)
         arm = self._arm_of(trial)
-        self._durability.asked(arm.number)
+        self.durability.asked(arm.number)
         return self.launch(arm)
 
     def launch(self, arm: Arm) -> Arm:
@@ -71,8 +71,8 @@ class Loop:
         """Tell Optuna how a trial has ended."""
         self._threads.pop(arm.number).join()
         outcome = self._outcomes.pop(arm.number, Outcome("failed"))
-        if self._durability is not None and outcome.kind != "cancelled":
-            self._durability.ended(arm, outcome.kind, outcome.vector, outcome.reason)
+        if self.durability is not None and outcome.kind != "cancelled":
+            self.durability.ended(arm, outcome.kind, outcome.vector, outcome.reason)
         local: Any = getattr(self._study, "_thread_local", None)
         if local is not None:  # a sampler that has seen all of its grid may stop the study from `tell`
             local.in_optimize_loop = True
