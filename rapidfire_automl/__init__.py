@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from rapidfire_automl.events import Event
     from rapidfire_automl.executor import RapidFireExecutor
     from rapidfire_automl.experiment import Experiment, RFGridSearch, RFOptuna, RFRandomSearch
+    from rapidfire_automl.notebook import panel as panel
     from rapidfire_automl.plan import Plan
     from rapidfire_automl.pruners import PolicyPruner
     from rapidfire_automl.reasoning import reasoning_rows
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
     from rapidfire_automl.sampling import Sampling
     from rapidfire_automl.search import SearchResult, run_search
     from rapidfire_automl.space import List, Range
+    from rapidfire_automl.steering import Search, in_background
     from rapidfire_automl.stories import why
 
 __version__ = "0.1.0.dev0"
@@ -53,7 +55,10 @@ _MODULES = {
     "Range": "space",
     "RapidFireExecutor": "executor",
     "Sampling": "sampling",
+    "Search": "steering",
     "SearchResult": "search",
+    "in_background": "steering",
+    "panel": "notebook",
     "reasoning_rows": "reasoning",
     "replay": "replay",
     "run_search": "search",
@@ -80,8 +85,11 @@ __all__ = [
     "Range",
     "RapidFireExecutor",
     "Sampling",
+    "Search",
     "SearchResult",
     "__version__",
+    "in_background",
+    "panel",
     "reasoning_rows",
     "replay",
     "run_search",

@@ -42,17 +42,22 @@ def _history(trial: optuna.trial.BaseTrial | FrozenTrial) -> list[int]:
     return list(attrs.get(_HISTORY) or [])
 
 
-def label(study: optuna.Study, trial: optuna.Trial) -> int:
-    """Give a trial its place among first attempts as its number, so that further attempts at others leave no gaps.
+def label(study: optuna.Study, trial: optuna.Trial | FrozenTrial) -> int:
+    """Give a new or queued trial its place among all trials, whatever number of attempts the others took.
 
     Returns:
         Its number; Optuna's own in a study without second attempts.
     """
-    others = [other for other in study.get_trials(deepcopy=False) if other.number < trial.number]
-    number = sum(not _history(other) for other in others)
-    if number != trial.number and not _history(trial):
-        trial.set_user_attr(NUMBER_ATTR, number)
-    return number_of(trial)
+    if _history(trial):
+        return number_of(trial)
+    earlier = [other for other in study.get_trials(deepcopy=False) if other.number < trial.number]
+    number = sum(not _history(other) for other in earlier)
+    if isinstance(trial, optuna.Trial):
+        if number != trial.number:
+            trial.set_user_attr(NUMBER_ATTR, number)
+    elif number != trial.number:
+        study._storage.set_trial_user_attr(trial._trial_id, NUMBER_ATTR, number)
+    return number
 
 
 def last_attempts(study: optuna.Study) -> dict[int, FrozenTrial]:

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 import optuna
 
 from rapidfire_automl.configs import TRAINING_ARGS, FieldConfig, RFLoraConfig, RFModelConfig
+from rapidfire_automl.control import Command, Controls, Sent
+from rapidfire_automl.events import Listener
 from rapidfire_automl.experiment import DEFAULT_CHUNKS, Experiment
 from rapidfire_automl.groups import ConfigGroup, RFGridSearch, RFOptuna
 from rapidfire_automl.metrics import Metric
@@ -19,7 +21,7 @@ if TYPE_CHECKING:
     from rapidfire_policies import Policy
 
 
-class AutoML:
+class AutoML(Controls):
     """Find the best adapter for one base: the same engine, with a sampler and a policy of your choice.
 
     Args:
@@ -97,6 +99,13 @@ class AutoML:
         return self.experiment.run_fit(
             self.group, create, train_dataset, eval_dataset, self.chunks, self.seed, timeout_s=timeout_s
         )
+
+    def add_listener(self, listener: Listener) -> None:
+        """Have a function called with every event."""
+        self.experiment.add_listener(listener)
+
+    def _send(self, command: Command) -> Sent:
+        return self.experiment._send(command)
 
 
 def as_config(space: RFModelConfig | Mapping[str, Any], trainer: str) -> RFModelConfig:

@@ -24,11 +24,12 @@ class Event:
     - `verdict`: `verdict`, `reason`, `by` (the policy or pruner; "" for the executor itself) and `numbers`
       (`rapidfire_policies.Decision.numbers`, values in the user's sign). Also for paused trials that resume.
     - `trial_ended`: `state` ("complete", "pruned", "failed"), `value`, `reason`, `adapter` (path or None).
+    - `command`: `id`, `verb`, `of` (the trial it is about, or None), `arguments`, `source`, `sent_s` (seconds since
+      1970), `effect` ("applied" or "refused"), `text`. Somebody has stepped in; told when it has taken effect.
     - `trial_resumed`: `attempt`. A trial goes on after its process ended, from `chunk`.
     - `checkpoint`: `bytes`, `seconds`. The trial is on the disk as of `chunk`.
     - `checkpoint_damaged`: `reason`. It goes on from an older one.
     - `writing_paused`: `reason`. The disk is full.
-    - `command`: `verb` ("stop", "pause", "cancel", ...), `id`, `source`, `effect`.
     - `out_of_memory`: `budget_tokens` (the new one); with a trial, it alone did not fit.
     - `warning`: `message`.
     - `search_ended`: `status` ("complete", "failed", "interrupted", "crashed"); missing where the process was killed.

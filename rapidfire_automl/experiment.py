@@ -18,6 +18,7 @@ from optuna.study import StudyDirection
 
 from rapidfire_automl.attempts import number_of
 from rapidfire_automl.bases import CreateModel, load_model, make_executor
+from rapidfire_automl.control import Command, ControlError, Controls, Sent
 from rapidfire_automl.events import Listener
 from rapidfire_automl.fit_checks import check_data, check_search, eval_sampling_of
 from rapidfire_automl.groups import (
@@ -45,8 +46,8 @@ _FOREIGN = ("num_gpus", "monte_carlo_simulations")
 """Arguments of RapidFire AI's `run_fit` that mean nothing here."""
 
 
-class Experiment:
-    """A folder of searches.
+class Experiment(Controls):
+    """A folder of searches; its verbs (`pause`, `clone`, ...) steer the one that runs, from another thread.
 
     Args:
         experiment_name: Name of the folder; a number is added where it is taken.
@@ -120,6 +121,7 @@ class Experiment:
         self._folder: Path | None = None
         self._searches: list[GroupResult] = []
         self._ended = False
+        self._running: Any = None
 
     def __enter__(self) -> Self:
         return self
@@ -189,6 +191,18 @@ class Experiment:
     def get_runs_info(self) -> Any:
         """The runs as a pandas data frame: state, last value, why it ended, where its adapter is, its parameters."""
         return _frame([row for search in self._searches for row in search.runs()])
+
+    def add_listener(self, listener: Listener) -> None:
+        """Have a function called with every event, of the search that runs and of those to come."""
+        self.listeners = (*self.listeners, listener)
+        if self._running is not None:
+            self._running.add_listener(listener)
+
+    def _send(self, command: Command) -> Sent:
+        if self._running is None:
+            raise ControlError(f"`{command.verb}` steers a search that runs: none does. Run it `in_background`.")
+        sent: Sent = self._running._send(command)
+        return sent
 
     def end(self) -> None:
         """Close the experiment; results stay readable."""
@@ -301,6 +315,7 @@ class Experiment:
         with make_executor(model, options) as executor:
             del model
             found.records = executor.records
+            self._running = executor
 
             @executor.objective
             def objective(trial: optuna.Trial) -> Any:
@@ -331,6 +346,7 @@ class Experiment:
                     facts={"experiment": self.experiment_name, "base": dict(search.base), "metric": found.metric},
                 )
             finally:
+                self._running = None
                 found.records = dict(executor.records)
 
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import importlib
 import inspect
-from collections.abc import Mapping
+import sys
+from collections.abc import Iterable, Mapping
 from difflib import get_close_matches
 
 import optuna
@@ -102,6 +103,32 @@ def policy_from_name(name: str, **arguments: object) -> Policy:
     ValueError: `policy` must be one of asha, ... or "package.module:Class", got 'ahsa'. Did you mean `asha`?
     """
     return _from_name(name, arguments, "policy")
+
+
+def policy_from_outside(name: str, known: Iterable[type], arguments: Mapping[str, object]) -> Policy:
+    """`policy_from_name` for words that come from another process: nothing is imported for them.
+
+    Args:
+        name: As there; "package.module:Class" only for a class in `known`.
+        known: Classes this process has been told to use.
+        arguments: As there, a wrapped policy's likewise.
+
+    Raises:
+        ValueError: As there, or such a name of another class.
+    """
+    words, inner = [name], arguments.get("policy")
+    while inner is not None:
+        word = inner.get("name") if isinstance(inner, Mapping) else inner
+        words += [word] if isinstance(word, str) else []
+        inner = inner.get("policy") if isinstance(inner, Mapping) else None
+    for word in words:
+        module, colon, attribute = word.partition(":")
+        if colon and vars(sys.modules.get(module, None) or object).get(attribute) not in tuple(known):
+            raise ValueError(
+                f"`policy` {word!r} would import code that the search has not been started with. Name a policy of "
+                f"rapidfire_policies ({', '.join(policy_names())}), or set it from the search's own process."
+            )
+    return policy_from_name(name, **arguments)
 
 
 def _from_name(name: object, arguments: Mapping[str, object], key: str) -> Policy:

@@ -19,6 +19,7 @@ from optuna.study import StudyDirection
 from rapidfire_automl.events import Event, Listener
 from rapidfire_automl.journal import FILE, Journal
 from rapidfire_automl.jsonable import dumps, jsonable
+from rapidfire_automl.mailboxes import FolderMailbox
 from rapidfire_automl.rankings import generates, rank
 from rapidfire_automl.versions import installed
 from rapidfire_policies.base import TrialState
@@ -162,6 +163,9 @@ def run_search(
         own: Whether to enter and close the executor here, so that loading the base is timed and its events are kept;
             else both are the caller's.
 
+    While it runs it can be steered: from this process by the executor's verbs, from others by `Search(run_dir)` and
+    the command line.
+
     Returns:
         What was found. `best_trial` is None when no trial completed with a finite value but some were pruned.
 
@@ -182,6 +186,8 @@ def run_search(
     with Journal(run_dir / FILE, [*([tracker] if tracker else []), *listeners]) as journal:
         journal(_started(executor, study, n_trials))
         executor.add_listener(journal)
+        if hasattr(executor, "add_mailbox"):
+            executor.add_mailbox(FolderMailbox(run_dir))
         with executor if own else nullcontext():
             status = "crashed"
             try:
@@ -211,7 +217,7 @@ def _optimize(
     timeout_s: float | None,
     before: set[int],
 ) -> str:
-    """Drive the executor; how it ended: "complete", "failed" (every trial) or "interrupted"."""
+    """Drive the executor; how it ended: "complete", "cancelled", "failed" (every trial) or "interrupted"."""
 
     def all_failed() -> bool:
         states = [record.state for number, record in executor.records.items() if number not in before]
@@ -224,6 +230,8 @@ def _optimize(
     except RuntimeError:
         if not all_failed():
             raise
+    if getattr(executor, "cancelled", False):
+        return "cancelled"
     return "failed" if all_failed() else "complete"
 
 
@@ -258,7 +266,10 @@ def _result(
     record = records[best] if best is not None else None
     adapter = Path(record.adapter).absolute() if record is not None and record.adapter else None
     used = sum(len(r.values) for r in records.values())
-    full = sum(len(r.values) if r.state is TrialState.FAILED else executor.chunks for r in records.values())
+    full = sum(
+        len(r.values) if r.state is TrialState.FAILED else max(executor.chunks, len(r.boundaries))
+        for r in records.values()
+    )
     wall_s = journal.elapsed_s
     generating = generates(records)
     summary = {

@@ -185,10 +185,7 @@ def apply_override(raw: Mapping[str, Any], override: str) -> dict[str, Any]:
     parts = [part.strip() for part in key.split(".")]
     if not equals or not all(parts):
         raise SettingsError(f"An override must look like `search.n_trials=16`, got `{override}`.")
-    try:
-        value = tomllib.loads(f"value = {text}")["value"]
-    except tomllib.TOMLDecodeError:
-        value = text.strip()
+    value = toml_value(text)
     tree = dict(raw)
     at = tree
     for depth, part in enumerate(parts[:-1]):
@@ -201,6 +198,19 @@ def apply_override(raw: Mapping[str, Any], override: str) -> dict[str, Any]:
         at = at[part]
     at[parts[-1]] = value
     return tree
+
+
+def toml_value(text: str) -> Any:
+    """A value as TOML spells it; what is no TOML is the string it is.
+
+    >>> toml_value("1e-4"), toml_value("[4, 8]"), toml_value("all-linear")
+    (0.0001, [4, 8], 'all-linear')
+    """
+    try:
+        read = tomllib.loads(f"value = {text}")
+    except tomllib.TOMLDecodeError:
+        return text.strip()
+    return read["value"] if read.keys() == {"value"} else text.strip()
 
 
 _TABLES: dict[str, type[BaseModel]] = {

@@ -181,7 +181,12 @@ class Story:
         elif event.kind == "verdict":
             self.verdict, self.command = event, None
             self.state = "paused" if data.get("verdict") == "pause" else "running"
-        elif event.kind == "command" and data.get("verb") in _STATES_AFTER and self.state in ("running", "paused"):
+        elif (
+            event.kind == "command"
+            and data.get("effect") != "refused"
+            and data.get("verb") in _STATES_AFTER
+            and self.state in ("running", "paused")
+        ):
             self.command, self.state = event, _STATES_AFTER[data["verb"]] or self.state
         elif event.kind == "trial_ended":
             self.state = str(data.get("state"))

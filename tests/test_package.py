@@ -47,11 +47,14 @@ def test_types_are_shipped(package: str) -> None:
     [
         "rapidfire_automl",
         "rapidfire_automl.configs",
+        "rapidfire_automl.control",
         "rapidfire_automl.demo",
         "rapidfire_automl.experiment",
+        "rapidfire_automl.notebook",
         "rapidfire_automl.pruners",
         "rapidfire_automl.search",
         "rapidfire_automl.space",
+        "rapidfire_automl.steering",
         "rapidfire_policies",
     ],
 )

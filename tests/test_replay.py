@@ -100,6 +100,7 @@ def told(result: ReplayResult) -> list[tuple[int, int, Verdict]]:
 def conducted(table: NDArray[np.float64], policy: Policy, slots: int, most: int) -> dict[int, Any]:
     """The records of the executor's own conductor and referee, over threads that read their values off a table."""
     from rapidfire_automl.executor.arm import Arm, Leave
+    from rapidfire_automl.executor.commands import Commands
     from rapidfire_automl.executor.conductor import Conductor
     from rapidfire_automl.executor.context import TrialContext
     from rapidfire_automl.executor.requests import Boundary
@@ -111,7 +112,8 @@ def conducted(table: NDArray[np.float64], policy: Policy, slots: int, most: int)
     records: dict[int, TrialRecord] = {}
     chunks = table.shape[1]
     referee = Referee(records, chunks, slots, lambda *a, **k: None, "tokens")
-    conductor = Conductor(slots, most, Plan(), referee, lambda *a, **k: None, lambda: 0.0)
+    commands = Commands(records, chunks, lambda *a, **k: None, lambda: None)
+    conductor = Conductor(slots, most, Plan(), referee, lambda *a, **k: None, lambda: 0.0, commands)
     study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=0), pruner=PolicyPruner(policy))
     threads: dict[int, threading.Thread] = {}
 

@@ -1,4 +1,4 @@
-"""The command line: `rapidfire-automl run search.toml`, `demo`, `doctor`, `why`, `version`."""
+"""The command line: `rapidfire-automl run search.toml`, `demo`, `doctor`, `why`, `version`, and verbs that steer."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from rapidfire_automl.cli.demo import demo
 from rapidfire_automl.cli.demo_grpo import demo_grpo
 from rapidfire_automl.cli.doctor import doctor
 from rapidfire_automl.cli.run import run
+from rapidfire_automl.cli.steer import COMMANDS
 from rapidfire_automl.cli.why import why
 
 app = typer.Typer(
@@ -22,6 +23,8 @@ app.command()(run)
 app.command()(demo)
 app.command()(demo_grpo)
 app.command()(doctor)
+for command in COMMANDS:
+    app.command()(command)
 app.command()(why)
 
 

@@ -68,6 +68,8 @@ class PlainLines:
             yield f"out of memory: passes now have at most {data['budget_tokens']} tokens"
         elif event.kind == "warning":
             yield f"warning: {data['message']}" if trial is None else f"warning: trial {trial}: {data['message']}"
+        elif event.kind == "command":
+            yield f"{self._view.commands[-1]} [{data['source']}]"
         elif trial is None:
             return
         elif event.kind == "trial_started":

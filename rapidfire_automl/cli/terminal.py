@@ -14,6 +14,7 @@ import typer
 from rich.console import Console
 
 from rapidfire_automl.cli.report import show_result
+from rapidfire_automl.control import ControlError
 from rapidfire_automl.jsonable import dumps
 from rapidfire_automl.search import SearchFailed, SearchInterrupted, SearchResult
 from rapidfire_automl.settings import SettingsError
@@ -91,7 +92,7 @@ class Terminal:
         try:
             with contextlib.redirect_stdout(sys.stderr) if self.as_json else contextlib.nullcontext():
                 yield
-        except SettingsError as error:
+        except (ControlError, SettingsError) as error:
             raise self._end(str(error), BAD_INPUT) from error
         except SearchFailed as error:
             self.result(error.result, show=False)

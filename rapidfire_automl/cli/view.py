@@ -57,6 +57,7 @@ class SearchView:
         self.base_value: float | None = None
         self.plan = ""
         self.warnings: list[str] = []
+        self.commands: list[str] = []
         self.lock = threading.RLock()
         self._start_s = time.monotonic()
         self._training_since_s: float | None = None
@@ -76,6 +77,8 @@ class SearchView:
             self.plan = str(event.data.get("reason", ""))
         elif event.kind == "warning":
             self.warnings.append(str(event.data["message"]))
+        elif event.kind == "command":
+            self._about_command(event)
         elif event.kind == "out_of_memory":
             self.warnings.append(f"Out of memory; passes now have at most {event.data['budget_tokens']} tokens.")
 
@@ -99,8 +102,23 @@ class SearchView:
             row.state = data["state"]
             if data.get("reason"):
                 row.reason = str(data["reason"])
+        elif event.kind == "command":
+            self._about_command(event)
         elif event.kind == "warning":
             self.warnings.append(f"Trial {row.number}: {data['message']}")
+
+    def _about_command(self, event: Event) -> None:
+        """Somebody has stepped in."""
+        verb, of, text = event.data["verb"], event.data["of"], event.data["text"]
+        self.commands.append(f"{verb}{'' if of is None else f' {of}'} ({event.data['effect']}): {text}")
+        if event.data["effect"] != "applied":
+            return
+        row = self.rows.get(of)
+        if verb in ("add", "clone"):
+            self.n_trials += 1
+        elif row is not None and row.state in LIVE and verb in ("pause", "resume"):
+            row.state = "paused" if verb == "pause" and "withdrawn" not in text else "running"
+            row.verdict, row.reason = verb, text
 
     @property
     def elapsed_s(self) -> float:

@@ -23,6 +23,10 @@ class Leave(BaseException):
     """Raised in a trial's thread when the search ends; no `except Exception` of a user's catches it."""
 
 
+class Halt(BaseException):
+    """Raised in a trial's thread when somebody stops it in the middle of a chunk."""
+
+
 @dataclass(eq=False)
 class Arm:
     """A trial and where it stands.
@@ -56,6 +60,7 @@ class Arm:
     step: int = 0
     trained: int = 0
     judged: int = 0
+    reported: int = 0
     final: Decision | None = None
     restored: Any = None
     asked: int = 0
@@ -63,6 +68,9 @@ class Arm:
     baton_since_s: float = 0.0
     go: threading.Event = field(default_factory=threading.Event)
     decision: Decision | None = None
+    trainer: Any = None
+    ruling: Decision | None = None
+    """What a person has decided: PAUSE until further notice, CONTINUE until it has a slot again, STOP for good."""
 
     @property
     def number(self) -> int:

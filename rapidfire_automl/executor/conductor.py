@@ -17,6 +17,7 @@ from typing import Any, Protocol, TypeVar
 import torch
 
 from rapidfire_automl.executor.arm import Arm, Leave
+from rapidfire_automl.executor.commands import Commands
 from rapidfire_automl.executor.context import TrialContext
 from rapidfire_automl.executor.passes import Multiplexer, OpenPass, Part
 from rapidfire_automl.executor.requests import Away, Backward, Boundary, Forward, Generate, Pace
@@ -63,6 +64,7 @@ class Conductor:
         judge: Closes a round.
         tell: Emits an event (kind, arm or None, data).
         clock: Seconds since the executor was entered.
+        commands: What people want of the search.
     """
 
     def __init__(
@@ -73,6 +75,7 @@ class Conductor:
         judge: Judge,
         tell: Callable[..., None],
         clock: Callable[[], float],
+        commands: Commands,
     ) -> None:
         self.slots = slots
         self.most = most
@@ -82,6 +85,8 @@ class Conductor:
         self._judge = judge
         self._tell = tell
         self._clock = clock
+        self._commands = commands
+        commands.conductor = self
         self._arms: list[Arm] = []
         self._idle = threading.Event()
         self._cancelled = False
@@ -92,13 +97,18 @@ class Conductor:
         """Live arms in trial order, paused ones included."""
         return self._arms
 
+    @property
+    def free_slots(self) -> int:
+        """Slots nobody holds."""
+        return self.slots - sum(arm.has_slot for arm in self._arms)
+
     def adopt(self, arms: Sequence[Arm]) -> None:
         """Take arms that an earlier process has begun; paused ones without a slot."""
         for arm in arms:
             if arm.record.state is not TrialState.PAUSED:
-                self._give_slot(arm)
+                self.give_slot(arm)
             last = arm.trained == arm.judged or arm.record.state is TrialState.PAUSED
-            if arm.final is not None and (last or arm.final.verdict is Verdict.STOP):
+            if arm.final is not None and (last or arm.final.verdict is not Verdict.COMPLETE):
                 arm.decision = arm.final
         self._arms = sorted([*self._arms, *arms], key=lambda arm: arm.number)
 
@@ -170,43 +180,51 @@ class Conductor:
         self._end_judged(home)  # what an earlier process has decided
         self._retire(retire)
         while not self._cancelled:
+            self._commands.turn([])
+            self._end_judged(home)
+            self._retire(retire)
             self._resume_paused()
-            free = self.slots - sum(arm.has_slot for arm in self._arms)
+            free = self.free_slots
             room = min(free, self.most - len(self._arms))
             new = source.offer(room, idle=free == self.slots) if room > 0 else []
             for arm in new:
-                self._give_slot(arm)
+                self.give_slot(arm)
             self._arms = sorted([*self._arms, *new], key=lambda arm: arm.number)
             holders = [arm for arm in self._arms if arm.has_slot]
+            by_hand = [arm for arm in self._arms if arm.ruling is not None]
             if holders:
-                self._drive(holders, home)
+                self._drive(holders, home, self._commands.turn)
                 if not self._cancelled:
                     self._close_round([arm for arm in holders if not arm.done])
-            elif self._arms and (source.exhausted or room <= 0):
+            elif len(by_hand) < len(self._arms) and (source.exhausted or room <= 0):
                 self._wake_or_end()
-            elif source.closed:
+            elif source.closed and not self._arms:
                 return
+            else:
+                self._commands.wait(by_hand)
             self._end_judged(home)
             self._retire(retire)
         self._dismiss(retire)
 
-    def _give_slot(self, arm: Arm) -> None:
-        arm.has_slot = True
+    def give_slot(self, arm: Arm) -> None:
+        """Let it train."""
+        arm.has_slot, arm.ruling = True, None
         arm.span_start_s = self._clock()
         arm.record.state = TrialState.RUNNING
 
-    def _take_slot(self, arm: Arm) -> None:
+    def take_slot(self, arm: Arm) -> None:
+        """Let another train."""
         if arm.has_slot:
             arm.has_slot = False
             arm.record.spans.append((arm.span_start_s, self._clock()))
 
     def _resume_paused(self) -> None:
-        """Paused arms the policy wants back get the free slots first, in trial order."""
-        free = self.slots - sum(arm.has_slot for arm in self._arms)
-        for arm in self._arms:
+        """Paused arms that are wanted back get the free slots first, in trial order; a person's before the policy's."""
+        free = self.free_slots
+        for arm in sorted(self._arms, key=lambda arm: arm.ruling is None):
             wants = arm.decision is not None and arm.decision.verdict is Verdict.CONTINUE
             if free > 0 and not arm.has_slot and wants:
-                self._give_slot(arm)
+                self.give_slot(arm)
                 free -= 1
 
     def _wake_or_end(self) -> None:
@@ -214,7 +232,7 @@ class Conductor:
         self._close_round([])
         if not any(arm.decision is not None and arm.decision.verdict is Verdict.CONTINUE for arm in self._arms):
             for arm in self._arms:
-                if arm.decision is None or arm.decision.verdict is Verdict.PAUSE:
+                if arm.ruling is None and (arm.decision is None or arm.decision.verdict is Verdict.PAUSE):
                     arm.decision = Decision(Verdict.STOP, "paused when the search ended")
                     arm.record.verdicts.append((len(arm.record.values), "stop", arm.decision.reason))
                     numbers = arm.record.standing
@@ -227,8 +245,16 @@ class Conductor:
         if ending and not self._cancelled:
             self._drive(ending, home)
 
-    def _drive(self, arms: Sequence[Arm], home: TrialContext) -> None:
-        """Conduct these arms until each is done or waits at a boundary."""
+    def _drive(
+        self, arms: list[Arm], home: TrialContext, between_turns: Callable[[list[Arm]], list[Arm]] = lambda _: []
+    ) -> None:
+        """Conduct these arms until each is done or waits at a boundary.
+
+        Args:
+            arms: The arms.
+            home: The context to conduct in.
+            between_turns: May take arms out of `arms` and put others in; returns those it has answered.
+        """
         ready = list(arms)
         for arm in arms:
             arm.answer, arm.decision = arm.decision, None
@@ -236,10 +262,11 @@ class Conductor:
         while moving:
             for arm in ready:
                 self._hand_baton(arm)
-            moving = [arm for arm in arms if not arm.done and not isinstance(arm.request, Boundary)]
+            answered = between_turns(arms)
+            moving = [a for a in arms if not a.done and (a in answered or not isinstance(a.request, Boundary))]
             if self._cancelled:
                 break
-            ready = self._serve(moving) if moving else []
+            ready = answered or (self._serve(moving) if moving else [])
             if moving and not ready and not self._cancelled:
                 raise RuntimeError("The rendezvous is stuck: no request can be served.")
         home.enter()  # joint passes draw from the trials' generators only; what comes after a round may not
@@ -410,14 +437,14 @@ class Conductor:
             arm.decision = decisions.get(arm.number, Decision(Verdict.CONTINUE))
             if arm.decision.verdict is Verdict.PAUSE:
                 arm.record.state = TrialState.PAUSED
-                self._take_slot(arm)
+                self.take_slot(arm)
         for arm in paused:
             arm.decision = decisions.get(arm.number, Decision(Verdict.PAUSE))
 
     def _retire(self, retire: Callable[[Arm], None]) -> None:
         done = [arm for arm in self._arms if arm.done]
         for arm in done:
-            self._take_slot(arm)
+            self.take_slot(arm)
             self._arms.remove(arm)
             retire(arm)
         if done:

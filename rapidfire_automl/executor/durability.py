@@ -66,6 +66,7 @@ class Unfinished:
         record: Its story so far.
         judged: Chunks on which there is a verdict.
         final: The last of them, if it is the trial's end.
+        ruling: The last of them, if a person has paused the trial or wants it back.
         restored: What it goes on from.
     """
 
@@ -73,6 +74,7 @@ class Unfinished:
     record: TrialRecord
     judged: int
     final: Decision | None
+    ruling: Decision | None
     restored: Restored
 
 
@@ -155,9 +157,12 @@ class Durability:
             shutil.rmtree(self._of(number, _ENDED), ignore_errors=True)
             self._journal.write("asked", trial=number)
 
-    def judged(self, verdicts: list[tuple[int, int, str, str]]) -> None:
-        """A round is over; its verdicts take effect after this."""
-        if self._on:
+    def judged(self, verdicts: list[tuple[int, int, str, str]], *, by_hand: bool = False) -> None:
+        """A round is over, or a person has decided; the verdicts take effect after this."""
+        if self._on and by_hand:
+            self._journal.write("ruled", verdicts=verdicts)
+            failpoints.hit("command.ruled")
+        elif self._on:
             failpoints.hit("round.judging")
             self._journal.write("round", verdicts=verdicts)
             failpoints.hit("round.judged")
@@ -292,7 +297,9 @@ class Durability:
         record.error = None
         judged = past.judged.get(number, 0)
         _fill(record, trial, judged)
-        return Unfinished(trial, record, judged, past.final(number), Restored(found, attempts.attempt_of(trial)))
+        return Unfinished(
+            trial, record, judged, past.final(number), past.ruling(number), Restored(found, attempts.attempt_of(trial))
+        )
 
     def _newest(self, folder: Path) -> Snapshot | None:
         if not folder.is_dir():

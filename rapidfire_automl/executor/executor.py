@@ -24,13 +24,15 @@ from optuna.study import StudyDirection
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rapidfire_automl.attempts import number_of
+from rapidfire_automl.control import Command, Controls, Sent
 from rapidfire_automl.events import Event, Listener
-from rapidfire_automl.executor import rounds, seams
+from rapidfire_automl.executor import enqueueing, rounds, seams
 from rapidfire_automl.executor.arguments import check as check_arguments
 from rapidfire_automl.executor.arguments import check_search
 from rapidfire_automl.executor.arm import Arm
 from rapidfire_automl.executor.base import Base
 from rapidfire_automl.executor.checkpoints import Snapshot
+from rapidfire_automl.executor.commands import Commands
 from rapidfire_automl.executor.conductor import Conductor
 from rapidfire_automl.executor.context import TrialContext
 from rapidfire_automl.executor.durability import Durability, check_same_trial, distributions, fingerprint_of_base
@@ -42,6 +44,7 @@ from rapidfire_automl.executor.loop import Loop
 from rapidfire_automl.executor.planner import plan_for
 from rapidfire_automl.executor.runner import Builder, Runner
 from rapidfire_automl.executor.sources import Arrivals, Asking
+from rapidfire_automl.mailboxes import Mailbox
 from rapidfire_automl.memory import give_back
 from rapidfire_automl.plan import Plan
 from rapidfire_automl.records import TrialRecord
@@ -51,7 +54,7 @@ from rapidfire_policies.base import TrialState
 logger = logging.getLogger("rapidfire_automl")
 
 
-class RapidFireExecutor:
+class RapidFireExecutor(Controls):
     """Trains all live trials of a study together, chunk by chunk, as adapters on one shared frozen base.
 
     Args:
@@ -147,6 +150,8 @@ class RapidFireExecutor:
         self._listeners = list(listeners)
         self._records: dict[int, TrialRecord] = {}
         self._referee = rounds.Referee(self._records, chunks, slots, self._tell, cost, self._keep_verdicts)
+        self._commands = Commands(self._records, chunks, self._tell, self._end, self._keep_verdicts)
+        self._study: optuna.Study | None = None
         self._base: Base | None = None
         self._conductor: Conductor | None = None
         self._runner: Runner | None = None
@@ -273,8 +278,10 @@ class RapidFireExecutor:
         if self._durable and stored and self._durability is None:
             self._durability = Durability(self._folder(0).parent.parent, self._tell)
         loop = Loop(study, self._arm, lambda arm: runner.run(arm, build), self._durability if stored else None)
-        left = self._take_up(study, n_trials, loop)
-        source = Asking(study, left, loop.start, timeout_s, lambda asked: loop.seed(n_trials - left + asked))
+        begun, left = self._take_up(study, n_trials, loop)
+        source = Asking(study, left, loop.start, timeout_s, lambda asked: loop.seed(begun + asked))
+        for queued in enqueueing.left_over(study) if begun else ():
+            source.ask_for(queued)
         self._conduct(source, loop.retire)
         try:
             while not self._finished.wait(0.2):
@@ -293,11 +300,25 @@ class RapidFireExecutor:
         if ran and len(failed) == len(ran) and not self._stopping:
             raise RuntimeError(f"All {len(ran)} trials failed. Trial {failed[0]}: {self._records[failed[0]].error}")
 
-    def stop(self) -> None:
-        """End the search at the next safe point; finished trials are kept, running ones fail as stopped."""
-        self._stopping = True
-        if self._conductor is not None:
-            self._conductor.cancel()
+    def stop(self, trial: int | None = None) -> Sent | None:  # type: ignore[override]
+        """Prune a trial at its next step; without one, end the search as `cancel` does.
+
+        Args:
+            trial: Its number.
+        """
+        if trial is not None:
+            return super().stop(trial)
+        self._end()
+        return None
+
+    @property
+    def cancelled(self) -> bool:
+        """Whether the last search was ended by `cancel` or `stop()`."""
+        return self._stopping
+
+    def add_mailbox(self, mailbox: Mailbox) -> None:
+        """Take commands from one more place in the next search."""
+        self._commands.add_mailbox(mailbox)
 
     def explain(self) -> str:
         """What the planner chose and why, and what the joint passes did so far."""
@@ -356,7 +377,9 @@ class RapidFireExecutor:
                     self._plan = plan_for(self._base, self.slots)
                 plan = self._plan
                 self._base.multiplexer.use(plan)
-                self._conductor = Conductor(self.slots, self.n_jobs, plan, self._referee, self._tell, self._clock)
+                self._conductor = Conductor(
+                    self.slots, self.n_jobs, plan, self._referee, self._tell, self._clock, self._commands
+                )
                 self._conductor.multiplexer = self._base.multiplexer
                 self._runner = Runner(
                     self._base,
@@ -370,6 +393,7 @@ class RapidFireExecutor:
                     None if isinstance(self._model_like, PreTrainedModel) else self._load_base,
                     self._keep_base,
                     self._abort,
+                    self._commands.warm_start,
                     lambda: self._durability is not None and self._durability.is_on,
                     self._save,
                     self._check_same,
@@ -393,6 +417,8 @@ class RapidFireExecutor:
     def _conduct(self, source: Arrivals | Asking, retire: Callable[[Arm], None]) -> None:
         conductor = self._conductor
         assert conductor is not None
+        assert self._study is not None
+        self._commands.begin(self._study, source)
 
         def body() -> None:
             home = TrialContext.capture()
@@ -404,6 +430,7 @@ class RapidFireExecutor:
                 conductor.run(source, retire, home)
             finally:
                 home.enter()
+                self._commands.end("the search was cancelled" if self._stopping else "the search has ended")
                 self._finished.set()
 
         self._finished.clear()
@@ -428,16 +455,23 @@ class RapidFireExecutor:
         """Take a study; what is known of another's trials is forgotten, since numbers start anew."""
         self._evaluator.check_objectives(len(study.directions))
         with self._opening:
+            self._study = study
             if study.study_name != self._study_name:
+                if self._arrivals is not None:
+                    self._commands.begin(study, self._arrivals)
                 self._study_name = study.study_name
                 self._records.clear()
                 self._referee.begin(study)
 
-    def _take_up(self, study: optuna.Study, n_trials: int, loop: Loop) -> int:
-        """Begin a search, or go on with one that was killed; returns how many trials are left to ask for."""
+    def _take_up(self, study: optuna.Study, n_trials: int, loop: Loop) -> tuple[int, int]:
+        """Begin a search, or go on with one that was killed.
+
+        Returns:
+            How many trials were begun, and how many are left to ask for beside those that people have added.
+        """
         durability = loop.durability
         if durability is None:
-            return n_trials
+            return 0, n_trials
         assert self._base is not None
         assert self._conductor is not None
         assert self._runner is not None
@@ -448,7 +482,7 @@ class RapidFireExecutor:
         }
         past = durability.begin(study, facts)
         if past is None:
-            return n_trials
+            return 0, n_trials
         if (measured := durability.restore_base()) is not None:
             self._keep_base(measured)
             self._runner.base_is_known()
@@ -459,16 +493,18 @@ class RapidFireExecutor:
         for one in going:
             arm = self._arm(one.trial, one.record)
             arm.judged, arm.final, arm.restored = one.judged, one.final, one.restored
-            arm.trained = one.restored.trained
+            arm.trained, arm.ruling = one.restored.trained, one.ruling
+            arm.step = arm.record.boundaries[arm.trained - 1] if arm.trained else 0
             arms.append(loop.launch(arm))
         self._conductor.adopt(arms)
         logger.info("The search goes on: %d trials have ended, %d go on.", len(over), len(going))
         self._tell("search_resumed", None, ended=len(over), going_on=len(going))
-        return max(0, n_trials - len(past.asked))
+        added = enqueueing.numbers_of_people(study)
+        return len(past.asked), max(0, n_trials - sum(number not in added for number in past.asked))
 
-    def _keep_verdicts(self, verdicts: list[tuple[int, int, str, str]]) -> None:
+    def _keep_verdicts(self, verdicts: list[tuple[int, int, str, str]], *, by_hand: bool = False) -> None:
         if self._durability is not None:
-            self._durability.judged(verdicts)
+            self._durability.judged(verdicts, by_hand=by_hand)
 
     def _save(self, arm: Arm, trainer: Any, snapshot: Snapshot) -> None:
         if self._durability is not None:
@@ -496,6 +532,14 @@ class RapidFireExecutor:
         self.base_value, self.base_vector, self.base_scores = measured.value, measured.vector, measured.scores
         if self._durability is not None:
             self._durability.base(measured)
+
+    def _send(self, command: Command) -> Sent:
+        return self._commands.send(command)
+
+    def _end(self) -> None:
+        self._stopping = True
+        if self._conductor is not None:
+            self._conductor.cancel()
 
     def _abort(self, error: BaseException) -> None:
         self._error = error

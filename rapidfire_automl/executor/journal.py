@@ -1,6 +1,7 @@
 """The journal of a search: what was decided, on disk before anything follows from it.
 
-`journal.jsonl` in the search's folder, one entry a line: what is searched, every round's verdicts, every trial's end.
+`journal.jsonl` in the search's folder, one entry a line: what is searched, every round's verdicts, every
+verdict of a person, every trial's end.
 Curves and weights stand in the trials' checkpoints. A line that a kill has cut short is dropped: what it would have
 said is decided again, and decided alike.
 """
@@ -43,6 +44,7 @@ class Past:
         asked: Trials that were begun, in order.
         verdicts: Per trial `(chunk, verdict, reason)`, in order.
         judged: Per trial, the chunks that were judged.
+        by_hand: Trials whose last verdict was a person's.
         ended: Per trial, how it has ended.
         rounds: Rounds that were closed.
         over: Whether the search has come to its end.
@@ -53,6 +55,7 @@ class Past:
     asked: list[int] = field(default_factory=list)
     verdicts: dict[int, list[tuple[int, str, str]]] = field(default_factory=dict)
     judged: dict[int, int] = field(default_factory=dict)
+    by_hand: set[int] = field(default_factory=set)
     ended: dict[int, dict[str, Any]] = field(default_factory=dict)
     rounds: int = 0
     over: bool = False
@@ -74,6 +77,13 @@ class Past:
         return (
             Decision(Verdict(verdict), reason) if ends or (self.is_paused(number) and verdict == "continue") else None
         )
+
+    def ruling(self, number: int) -> Decision | None:
+        """What a person has decided of a paused trial: that it stays paused, or goes on."""
+        if number not in self.by_hand or not self.is_paused(number):
+            return None
+        _, verdict, reason = self.verdicts[number][-1]
+        return None if verdict == Verdict.STOP else Decision(Verdict(verdict), reason)
 
 
 class Journal:
@@ -132,12 +142,13 @@ def read(path: Path) -> Past:
             past.facts, past.over, past.sampler_seed = dict(entry["facts"]), False, entry["sampler_seed"]
         elif kind == "asked":
             past.asked.append(entry["trial"])
-        elif kind == "round":
-            past.rounds += 1
+        elif kind in ("round", "ruled"):
+            past.rounds += kind == "round"
             for number, chunk, verdict, reason in entry["verdicts"]:
                 past.judged[number] = max(chunk, past.judged.get(number, 0))
                 if verdict:
                     past.verdicts.setdefault(number, []).append((chunk, verdict, reason))
+                    (past.by_hand.add if kind == "ruled" else past.by_hand.discard)(number)
         elif kind == "ended":
             past.ended[entry["trial"]] = dict(entry)
         elif kind == "over":

@@ -96,11 +96,15 @@ class Referee:
         for arm in ended:
             finite = bool(np.isfinite(arm.record.last_vector).all())
             arm.record.state = TrialState.COMPLETE if finite else TrialState.FAILED
-        going = [arm for arm in waiting if arm not in ended]
+        # Chunks beyond those of a whole trial were asked for by a person, and so was what a person has decided.
+        ruled = {arm.number: arm.ruling for arm in [*waiting, *paused] if arm.ruling is not None}
+        going = [arm for arm in waiting if arm not in ended and arm.number not in ruled]
+        going = [arm for arm in going if len(arm.record.values) < self._chunks]
+        free = [arm for arm in paused if arm.number not in ruled and len(arm.record.values) < self._chunks]
         decisions: dict[int, Decision] = {}
         by = ""
-        if going or paused:
-            one = (going or paused)[0]
+        if going or free:
+            one = (going or free)[0]
             now = history(
                 self._records.values(),
                 minimize=one.minimize,
@@ -108,25 +112,28 @@ class Referee:
                 slots=self._slots,
                 cost=self._cost,
             )
-            whole = replace(now, trials=(*self._past, *now.trials))
-            decisions = dict(judge(one.trial.study, going, paused, whole))
+            trials = [_as_judged(trial, self._chunks, ruled.get(trial.number)) for trial in now.trials]
+            whole = replace(now, trials=(*self._past, *trials))
+            decisions = dict(judge(one.trial.study, going, free, whole))
             by = _name(one.trial.study.pruner)
             if one.minimize == (False,):  # the policy saw the values with their sign flipped
                 decisions = {n: replace(said, numbers=flipped(said.numbers)) for n, said in decisions.items()}
+        decisions.update(ruled)
         for arm in ended:
             decisions[arm.number] = Decision(Verdict.COMPLETE, "trained to the end", arm.record.standing)
         both = sorted([*waiting, *paused], key=lambda arm: arm.number)
         verdicts = []
         for arm in both:
-            arm.judged = len(arm.record.values)
+            arm.judged = max(arm.judged, len(arm.record.values))
             made = decisions.get(arm.number)
             stays = made is None or (arm in paused and made.verdict is Verdict.PAUSE)
+            stays = stays or (arm.number in ruled and arm not in ended)  # it is in the journal since it was decided
             verdict, reason = ("", "") if made is None or stays else (str(made.verdict), made.reason)
             verdicts.append((arm.number, arm.judged, verdict, reason))
         self._keep(verdicts)
         for arm in both:
             decision = decisions.get(arm.number)
-            if decision is None or (arm in paused and decision.verdict is Verdict.PAUSE):
+            if decision is None or (arm in paused and (decision.verdict is Verdict.PAUSE or arm.number in ruled)):
                 continue
             arm.record.verdicts.append((len(arm.record.values), str(decision.verdict), decision.reason))
             self._tell(
@@ -134,7 +141,7 @@ class Referee:
                 arm,
                 verdict=str(decision.verdict),
                 reason=decision.reason,
-                by="" if arm in ended else by,
+                by="" if arm in ended or arm.number in ruled else by,
                 numbers=dict(decision.numbers),
             )
         return decisions
@@ -171,6 +178,9 @@ def report(arms: Sequence[Arm]) -> None:
     """Tell Optuna each arm's newest value, in trial order; vectors, which it refuses, as an attribute of the trial."""
     for arm in arms:
         record = arm.record
+        if arm.reported == len(record.values):
+            continue
+        arm.reported = len(record.values)
         if record.vectors:
             arm.trial.set_user_attr(VECTORS_ATTR, [list(vector) for vector in record.vectors])
         else:
@@ -195,7 +205,7 @@ def history(
     shown = [
         record
         for record in sorted(records, key=lambda r: r.number)
-        if record.values or record.state is not TrialState.RUNNING
+        if record.values or record.state not in (TrialState.RUNNING, TrialState.PAUSED, TrialState.STOPPED)
     ]
     signs = np.where(minimize, 1.0, -1.0)
     one = len(minimize) == 1
@@ -217,6 +227,23 @@ def history(
         ),
         chunks=chunks,
         slots=slots,
+    )
+
+
+def _as_judged(trial: TrialHistory, chunks: int, ruling: Decision | None) -> TrialHistory:
+    """A trial as its judge sees it: one that a person has paused is not waited for, and extra chunks don't count."""
+    if trial.is_live and ruling is not None:
+        going_on = ruling.verdict is Verdict.CONTINUE
+        trial = replace(trial, state=TrialState.RUNNING if going_on else TrialState.STOPPED)
+    if trial.resource < chunks or not (trial.is_live or trial.resource > chunks):
+        return trial
+    return replace(
+        trial,
+        values=trial.values[:chunks],
+        scores=trial.scores[:chunks],
+        costs=trial.costs[:chunks],
+        metrics={name: numbers[:chunks] for name, numbers in trial.metrics.items()},
+        state=TrialState.COMPLETE if trial.is_live else trial.state,
     )
 
 
@@ -254,7 +281,7 @@ def past(study: optuna.Study, chunks: int) -> tuple[TrialHistory, ...]:
         return ()
     last = {trial.number: number for number, trial in last_attempts(study).items()}
     seen = [trial for trial in history_from_study(study).trials if not trial.is_live and trial.number in last]
-    return tuple(replace(trial, number=last[trial.number]) for trial in seen)
+    return tuple(_as_judged(replace(trial, number=last[trial.number]), chunks, None) for trial in seen)
 
 
 def judge(

@@ -16,11 +16,12 @@ from peft import PeftModel
 from transformers import PreTrainedModel
 
 from rapidfire_automl.executor import training
-from rapidfire_automl.executor.arm import Arm, Leave
+from rapidfire_automl.executor.arm import Arm, Halt, Leave
 from rapidfire_automl.executor.base import Base, BaseChanged
 from rapidfire_automl.executor.conductor import Conductor
 from rapidfire_automl.executor.evaluation import Evaluator, Measured
 from rapidfire_automl.executor.requests import Forward
+from rapidfire_automl.executor.warmstart import WarmStart
 from rapidfire_policies.base import Decision, TrialState, Verdict
 
 logger = logging.getLogger("rapidfire_automl")
@@ -59,6 +60,7 @@ class Runner:
         reload: Loads the base anew, or None where it came as an object.
         keep_base: Takes what the untrained base is worth.
         abort: Ends the search with an error.
+        warm_start: What an arm begins with, if not from nothing.
         durable: Whether trials are to survive the process.
         save: Puts an arm's state on disk.
         check_same: Raises if an arm that goes on was begun as another trial.
@@ -75,6 +77,7 @@ class Runner:
     reload: Callable[[], PreTrainedModel] | None
     keep_base: Callable[[Measured], None]
     abort: Callable[[BaseException], None]
+    warm_start: Callable[[Arm], WarmStart | None]
     durable: Callable[[], bool] = lambda: False
     save: Callable[[Arm, Any, Any], None] = lambda arm, trainer, snapshot: None
     check_same: Callable[[Arm, Any], None] = lambda arm, trainer: None
@@ -107,6 +110,8 @@ class Runner:
         except Leave:
             outcome = Outcome("cancelled", reason="the search was ended")
             arm.record.error = outcome.reason
+        except Halt as halt:
+            outcome = Outcome("pruned", arm.record.last_vector, str(halt))
         except optuna.TrialPruned as pruned:
             outcome = Outcome("pruned", reason=str(pruned))
         except BaseException as error:
@@ -119,7 +124,7 @@ class Runner:
             arm.trial.set_user_attr("rapidfire:error", outcome.reason)
         finally:
             self._local.arm = None
-            arm.walks = None
+            arm.walks = arm.trainer = None
             states = {"complete": TrialState.COMPLETE, "pruned": TrialState.STOPPED}
             arm.record.state = states.get(outcome.kind, TrialState.FAILED)
             try:
@@ -212,4 +217,5 @@ class Runner:
             folder=self.folder,
             joint_head=base.multiplexer.head is not None,
             joint_rollouts=base.rollouts_agree,
+            warm_start=self.warm_start,
         )

@@ -7,7 +7,9 @@ import time
 from collections.abc import Callable
 
 import optuna
+from optuna.trial import FrozenTrial
 
+from rapidfire_automl.executor import enqueueing
 from rapidfire_automl.executor.arm import Arm
 
 
@@ -67,6 +69,11 @@ class Arrivals:
         """Whether `close` was called and nobody waits."""
         return self._closed and not self._waiting
 
+    @property
+    def over(self) -> str:
+        """Why no trial is started any more, or an empty string."""
+        return "the executor is closing" if self._closed else ""
+
 
 class Asking:
     """Trials asked from a study as slots get free.
@@ -89,6 +96,7 @@ class Asking:
     ) -> None:
         self._study = study
         self._left = n_trials
+        self._first: list[FrozenTrial] = []
         self._asked = 0
         self._before = before
         self._start = start
@@ -100,9 +108,16 @@ class Asking:
         while free > len(arms) and not self.closed:
             self._left -= 1
             self._before(self._asked)
-            self._asked += 1
-            arms.append(self._start(self._study.ask()))
+            trial = enqueueing.claim(self._study, self._first.pop(0)) if self._first else self._study.ask()
+            if trial is not None:
+                self._asked += 1
+                arms.append(self._start(trial))
         return arms
+
+    def ask_for(self, trial: FrozenTrial) -> None:
+        """Ask for one trial more: this one, before all others."""
+        self._first.append(trial)
+        self._left += 1
 
     @property
     def exhausted(self) -> bool:
@@ -112,5 +127,11 @@ class Asking:
     @property
     def closed(self) -> bool:
         """Whether all trials were asked for, the time is up, or the sampler has stopped the study."""
-        late = self._deadline is not None and time.monotonic() > self._deadline
-        return self._left <= 0 or late or bool(getattr(self._study, "_stop_flag", False))
+        return self._left <= 0 or bool(self.over)
+
+    @property
+    def over(self) -> str:
+        """Why no trial is started any more, or an empty string."""
+        if self._deadline is not None and time.monotonic() > self._deadline:
+            return "the search's time is up"
+        return "its sampler has seen all there is" if getattr(self._study, "_stop_flag", False) else ""

@@ -15,8 +15,8 @@ from transformers.training_args import TrainingArguments
 
 from rapidfire_automl import failpoints
 from rapidfire_automl.chunks import chunk_boundaries, generation_boundaries
-from rapidfire_automl.executor import seams
-from rapidfire_automl.executor.arm import Arm
+from rapidfire_automl.executor import seams, warmstart
+from rapidfire_automl.executor.arm import Arm, Halt
 from rapidfire_automl.executor.checkpoints import Snapshot
 from rapidfire_automl.executor.context import generators_of_its_own
 from rapidfire_automl.executor.evaluation import Evaluator
@@ -49,6 +49,7 @@ class Host:
         folder: Where a trial's files go.
         joint_head: Whether the base's head can join.
         joint_rollouts: Whether rollouts can join.
+        warm_start: What the arm begins with, if not from nothing.
     """
 
     submit: Callable[[Arm, Any], Any]
@@ -68,6 +69,7 @@ class Host:
     folder: Callable[[int], Path]
     joint_head: bool
     joint_rollouts: Callable[[], bool]
+    warm_start: Callable[[Arm], warmstart.WarmStart | None]
 
 
 class ChunkCallback(TrainerCallback):
@@ -85,13 +87,23 @@ class ChunkCallback(TrainerCallback):
         self._due = False
         self._logged = 0
         self.step_begins = False
+        self.warm: warmstart.WarmStart | None = None
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Cut the trial's own stream into chunks."""
         arm, host = self._arm, self._host
+        if self.warm is not None:
+            warmstart.give_optimizer(self.warm, self._trainer)
+            self.warm = None
         boundaries = list(_boundaries(self._trainer, state.max_steps, host.chunks))
+        before, own = arm.record.boundaries, len(boundaries)
+        if arm.restored is not None and before[:own] == boundaries and len(before) > own:  # it was extended
+            if why := seams.why_no_longer(self._trainer, before[-1] - boundaries[-1]):
+                raise ValueError(f"it was extended to {before[-1]} steps, which can't be done again: {why}")
+            seams.lengthen(self._trainer, before[-1] - boundaries[-1])
+            boundaries = list(before)
         if arm.record.boundaries and boundaries != arm.record.boundaries:
             raise ValueError(f"its chunks ended at steps {arm.record.boundaries}, now they would at {boundaries}")
         arm.record.boundaries = boundaries
@@ -128,7 +140,9 @@ class ChunkCallback(TrainerCallback):
         if self.step_begins:
             self.step_begins = False
             self._arm.abandon_passes()
-            self._host.submit(self._arm, Pace())
+            decision = self._host.submit(self._arm, Pace())
+            if isinstance(decision, Decision) and decision.verdict is Verdict.STOP:
+                raise Halt(decision.reason)
 
     def generated(self, tokens: int) -> None:
         """Called after a rollout, with the tokens that no joint one counts."""
@@ -207,6 +221,10 @@ def train(arm: Arm, trainer: Any, host: Host) -> None:
     model = check_trainer(trainer)
     arm.record.trainer = type(trainer).__name__
     host.evaluator.check(trainer)
+    goes_on = arm.restored is not None and arm.restored.snapshot is not None
+    warm = None if goes_on else host.warm_start(arm)
+    if warm is not None:
+        warmstart.give_adapter(warm, model)
     arm.record.why_unfused = host.join(arm, model, trainer.args)
     arm.record.fused = not arm.record.why_unfused
     for noisy in (PrinterCallback, ProgressCallback):
@@ -214,6 +232,7 @@ def train(arm: Arm, trainer: Any, host: Host) -> None:
     if trainer.args.output_dir == "trainer_output":
         trainer.args.output_dir = str(host.folder(arm.number) / "trainer")
     callback = ChunkCallback(arm, trainer, host)
+    callback.warm, arm.trainer = warm, trainer
     trainer.add_callback(callback)
     seam = seams.Seam(
         trainer,
@@ -230,9 +249,11 @@ def train(arm: Arm, trainer: Any, host: Host) -> None:
     if host.durable() and not seams.why_not_durable(trainer):
         callback.durable = seams.Durable(trainer)
     seam.open()
+    undo = seams.leave_room(trainer)
     try:
         _train(arm, trainer, callback.durable, host)
     finally:
+        undo()
         seam.close()
         arm.walks.close()
         arm.record.log_history = list(trainer.state.log_history)

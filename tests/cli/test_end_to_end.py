@@ -95,7 +95,7 @@ def test_search(folder: Path, trainer: str) -> None:
     assert summary["best_value"] < summary["base_value"]
     assert summary["chunks_used"] < summary["chunks_if_all_ran"] == 24
     results = {"events.jsonl", "summary.json", "plan.json", "curves.png", "timeline.png", "trials"}
-    to_go_on = {"base", "journal.jsonl", "lock", "search.json", "study.db"}
+    to_go_on = {"base", "commands", "journal.jsonl", "lock", "search.json", "study.db"}
     assert results | to_go_on == {path.name for path in (folder / "out").iterdir()}
     # Nothing but our own lines: the libraries are quiet.
     assert all(line.startswith((" ", trainer.upper())) for line in done.stderr.splitlines() if line), done.stderr

@@ -7,6 +7,7 @@ What is relied on, and what happens when it is not so (a line in `Seam.notes`, a
 - `trainer.accelerator.backward` ends every backward -> checked at every step;
 - transformers' `generate` takes a decoding method (`custom_generate`) -> rollouts of our own agree with the model's
   forward, which is checked before the first one, or else each trial decodes by itself;
+- a trainer asks `set_initial_training_values` for its epochs and ends at `state.max_steps` -> else none is extended;
 - `Trainer`'s loop loads through methods of its own (`_load_...`) and keeps its counters on the instance -> else a
   trainer can't be captured, and `why_not_durable` says so;
 - plain LoRA layers hold `lora_A`, `lora_B`, `scaling`, `lora_dropout` by adapter name -> else unfused.
@@ -38,6 +39,7 @@ from rapidfire_automl.executor.seams.rewards import (
     why_no_rewards,
     why_refused,
 )
+from rapidfire_automl.executor.seams.schedule import leave_room, lengthen, why_no_longer
 from rapidfire_automl.executor.seams.selfcheck import Probe, check_rollouts, is_half, is_out_of_memory, self_check
 from rapidfire_automl.executor.seams.trainer import Seam, autocast_dtype, fused_head_settings
 from rapidfire_automl.executor.seams.weights import AdapterWeights, put_optimizer
@@ -60,6 +62,8 @@ __all__ = [
     "is_half",
     "is_out_of_memory",
     "keep_head_contiguous",
+    "leave_room",
+    "lengthen",
     "put_optimizer",
     "refuse",
     "sample_rewards",
@@ -67,6 +71,7 @@ __all__ = [
     "self_check",
     "share_clone",
     "shared_head",
+    "why_no_longer",
     "why_no_rewards",
     "why_not_durable",
     "why_refused",

@@ -1,0 +1,137 @@
+"""Configurations somebody asks for while a search runs: checked, and queued in the study."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import optuna
+from optuna.distributions import BaseDistribution, CategoricalDistribution, IntDistribution
+from optuna.trial import FrozenTrial
+from optuna.trial import TrialState as OptunaState
+
+from rapidfire_automl import attempts
+from rapidfire_automl.control import ControlError
+from rapidfire_automl.hints import nearest
+
+COMMAND_ATTR, CLONE_ATTR = "rapidfire:command", "rapidfire:clone_of"
+WARM_ATTR, ADD_ATTR = "rapidfire:warm_start", "rapidfire:added"
+_SHAPES = (
+    "r",
+    "rank",
+    "lora_r",
+    "target_modules",
+    "lora_alpha",
+    "use_rslora",
+    "use_dora",
+    "model",
+    "model_name",
+)
+"""Parameters, by the last part of their name, that a warm start can't bear a change of."""
+
+
+def fit(
+    changes: Mapping[str, Any], known: Mapping[str, BaseDistribution], who: str, *, strict: bool
+) -> tuple[dict[str, Any], list[str]]:
+    """Values as the study's parameters have them.
+
+    Args:
+        changes: Name -> value; of a name the last part is enough where no other parameter ends so.
+        known: The parameters.
+        who: Has these parameters, for errors.
+        strict: Whether other names are errors.
+
+    Returns:
+        The values, and notes on those outside the search space.
+
+    Raises:
+        ControlError: A name or value that can't be.
+    """
+    fitted: dict[str, Any] = {}
+    notes = []
+    for given, value in changes.items():
+        ends = [name for name in known if name.rpartition(".")[2] == given]
+        name = given if given in known or len(ends) != 1 else ends[0]
+        if name not in known:
+            if strict:
+                near = nearest(given, known)
+                hint = f" Did you mean `{near}`?" if near else ""
+                raise ControlError(f"`{given}` is no parameter of {who}; it has {', '.join(known)}.{hint}")
+            fitted[name] = value
+            continue
+        fitted[name] = _value(name, value, known[name])
+        if not known[name]._contains(known[name].to_internal_repr(fitted[name])):
+            low, high = getattr(known[name], "low", None), getattr(known[name], "high", None)
+            notes.append(f"`{name}` = {fitted[name]} is outside the search space ({low} to {high})")
+    return fitted, notes
+
+
+def _value(name: str, value: Any, distribution: BaseDistribution) -> Any:
+    if isinstance(distribution, CategoricalDistribution):
+        spelt = ",".join(map(str, value)) if isinstance(value, list) else str(value)
+        for choice in distribution.choices:
+            if (choice == value and type(choice) is type(value)) or str(choice) == spelt:
+                return choice
+        raise ControlError(f"`{name}` must be one of {', '.join(map(str, distribution.choices))}, got {value!r}.")
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        quotes = " Write it without quotes." if isinstance(value, str) else ""
+        raise ControlError(f"`{name}` must be a number, got {value!r}.{quotes}")
+    if isinstance(distribution, IntDistribution):
+        if value != int(value):
+            raise ControlError(f"`{name}` must be a whole number, got {value}.")
+        return int(value)
+    return float(value)
+
+
+def check_warm(source: int, params: Mapping[str, Any], changes: Mapping[str, Any]) -> None:
+    """Refuse at once what the clone's trainer would refuse.
+
+    Raises:
+        ControlError: A change that a warm start can't bear.
+    """
+    for name, value in changes.items():
+        if name.rpartition(".")[2] in _SHAPES and params.get(name) != value:
+            raise ControlError(
+                f"`{name}` of trial {source} is {params.get(name)}: an adapter can't be carried over to {value}. "
+                "Clone it without warm start, or without this change."
+            )
+
+
+def enqueue(
+    study: optuna.Study, params: Mapping[str, Any], attributes: Mapping[str, Any], command: str
+) -> tuple[FrozenTrial, int]:
+    """Queue a configuration; its trial, and the trial's number in the search."""
+    study.enqueue_trial(dict(params), user_attrs={**attributes, COMMAND_ATTR: command})
+    waiting = study.get_trials(deepcopy=False, states=(OptunaState.WAITING,))
+    found = [trial for trial in waiting if trial.user_attrs.get(COMMAND_ATTR) == command]
+    if found:
+        return found[-1], attempts.label(study, found[-1])
+    taken = study.get_trials(deepcopy=False)  # another process was quicker than we
+    trial = next(trial for trial in reversed(taken) if trial.user_attrs.get(COMMAND_ATTR) == command)
+    return trial, attempts.number_of(trial)
+
+
+def left_over(study: optuna.Study) -> list[FrozenTrial]:
+    """Trials that people have added and an earlier process has not begun."""
+    waiting = study.get_trials(deepcopy=False, states=(OptunaState.WAITING,))
+    return [trial for trial in waiting if COMMAND_ATTR in trial.user_attrs]
+
+
+def numbers_of_people(study: optuna.Study) -> set[int]:
+    """The numbers of the trials that people have added."""
+    trials = study.get_trials(deepcopy=False)
+    return {attempts.number_of(trial) for trial in trials if COMMAND_ATTR in trial.user_attrs}
+
+
+def claim(study: optuna.Study, trial: FrozenTrial) -> optuna.Trial | None:
+    """Ask for one particular queued trial, as `study.ask` asks for the first; None if somebody else has it.
+
+    Without this a trial that a person has added would wait behind a queued grid.
+    """
+    try:
+        study._thread_local.cached_all_trials = None
+        if study._storage.set_trial_state_values(trial._trial_id, state=OptunaState.RUNNING):
+            return optuna.Trial(study, trial._trial_id)
+    except (AttributeError, RuntimeError, KeyError):  # another Optuna, or it was taken
+        pass
+    return None

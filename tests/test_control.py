@@ -1,0 +1,353 @@
+"""Commands as data, and the mailboxes they travel through; no torch, no search."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import threading
+from pathlib import Path
+from typing import Any
+
+import optuna
+import pytest
+
+from rapidfire_automl.control import LARGEST_BYTES, VERBS, Command, ControlError, Controls, Effect
+from rapidfire_automl.mailboxes import ATTEMPT_ATTR, COMMAND_ATTR, FolderMailbox, MemoryMailbox, StudyMailbox
+from rapidfire_automl.pruners import policy_from_outside
+from rapidfire_automl.steering import Search
+from rapidfire_policies import ASHA, CostAware
+
+optuna.logging.set_verbosity(optuna.logging.ERROR)
+
+GOOD: dict[str, dict[str, Any]] = {
+    "pause": {"trial": 3},
+    "resume": {"trial": 3},
+    "stop": {"trial": 0},
+    "clone": {"trial": 3, "arguments": {"set": {"lr": 1e-4}, "warm_start": True}},
+    "add": {"arguments": {"set": {"lr": 1e-4}}},
+    "extend": {"trial": 3, "arguments": {"chunks": 2}},
+    "set-policy": {"arguments": {"name": "asha", "arguments": {"reduction_factor": 3}}},
+    "cancel": {},
+}
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_a_command_survives_the_way_to_another_process(verb: str) -> None:
+    command = Command(verb, **GOOD[verb])
+    assert Command.from_json(command.to_json()) == command
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"verb": "puase", "trial": 3}, "Did you mean `pause`"),
+        ({"verb": "pause"}, "`trial of pause` must be a whole number >= 0, got None."),
+        ({"verb": "pause", "trial": True}, "whole number"),
+        ({"verb": "pause", "trial": -1}, "whole number"),
+        ({"verb": "cancel", "trial": 3}, "Leave the trial out"),
+        (
+            {"verb": "pause", "trial": 3, "arguments": {"chunks": 1}},
+            "`chunks` is no argument of pause. It takes: none.",
+        ),
+        ({"verb": "extend", "trial": 3, "arguments": {"chunks": 0}}, "`chunks` must be a whole number >= 1, got 0."),
+        ({"verb": "extend", "trial": 3}, "got None"),
+        ({"verb": "clone", "trial": 3, "arguments": {"warm_start": "yes"}}, "true or false"),
+        ({"verb": "clone", "trial": 3, "arguments": {"set": {"lr": float("nan")}}}, "`lr` must be finite, got nan."),
+        ({"verb": "add", "arguments": {"set": [1]}}, "must be a table"),
+        ({"verb": "pause", "trial": 3, "id": "../../x"}, "`id` must be up to 80 letters"),
+        ({"verb": "pause", "trial": 3, "id": "a/b"}, "`id` must be"),
+        ({"verb": "pause", "trial": 3, "id": ".hidden"}, "`id` must be"),
+        ({"verb": "pause", "trial": 3, "id": "x\n"}, "`id` must be"),
+        ({"verb": "pause", "trial": 3, "source": "two\nlines"}, "`source` must be a line"),
+    ],
+)
+def test_what_is_no_command(given: dict[str, Any], message: str) -> None:
+    with pytest.raises(ControlError) as caught:
+        Command(**given)
+    assert message in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "pause 3",
+        "[]",
+        "null",
+        '{"verb": "pause", "trial": 3}',
+        '{"id": "x", "verb": "pause", "trial": 3, "shell": "rm"}',
+        '{"id": "x", "verb": "pause", "trial": "3"}',
+        '{"id": "x", "verb": ["pause"], "trial": 3}',
+        '{"id": "x", "verb": "set-policy", "arguments": {"name": {"os": "system"}}}',
+        '{"id": "x", "verb": "set-policy", "arguments": 3}',
+        '{"id": 5, "verb": "pause", "trial": 3}',
+        "[" * 5000,
+        " " * (LARGEST_BYTES + 1),
+    ],
+)
+def test_whatever_another_process_writes_is_checked(text: str) -> None:
+    with pytest.raises(ControlError):
+        Command.from_json(text)
+
+
+def test_an_object_does_not_leave_the_process() -> None:
+    with pytest.raises(ControlError, match="Name the policy"):
+        Command("set-policy", None, {"name": ASHA()}).to_json()
+
+
+def test_nobody_names_code_from_outside() -> None:
+    assert policy_from_outside("asha", (), {"reduction_factor": 3}) == ASHA(reduction_factor=3)
+    assert policy_from_outside("cost_aware", (), {"policy": {"name": "asha"}}) == CostAware(ASHA())
+    for name, arguments in (
+        ("os:system", {}),
+        ("cost_aware", {"policy": "os:system"}),
+        ("cost_aware", {"policy": {"name": "this_is_not_imported:X"}}),
+        ("cost_aware", {"policy": {"name": "cost_aware", "policy": "os:system"}}),
+        ("rapidfire_policies:ASHA", {}),
+    ):
+        with pytest.raises(ValueError, match="would import code that the search has not been started with"):
+            policy_from_outside(name, (), arguments)
+    assert policy_from_outside("rapidfire_policies:ASHA", (ASHA,), {}) == ASHA()
+
+
+# -- mailboxes ---------------------------------------------------------------------------------------------------------
+
+
+class Clock:
+    def __init__(self) -> None:
+        self.now_s = 0.0
+
+    def __call__(self) -> float:
+        self.now_s += 1.0
+        return self.now_s
+
+
+def folder_boxes(tmp_path: Path) -> tuple[FolderMailbox, FolderMailbox]:
+    """The two ends; the search's looks whenever it is asked."""
+    return FolderMailbox(tmp_path), FolderMailbox(tmp_path, clock=Clock())
+
+
+def study_boxes(tmp_path: Path) -> tuple[StudyMailbox, StudyMailbox]:
+    storage = f"sqlite:///{tmp_path / 'study.db'}"
+    study = optuna.create_study(study_name="s", storage=storage, load_if_exists=True)
+    return StudyMailbox(optuna.load_study(study_name="s", storage=storage)), StudyMailbox(study, every_s=0)
+
+
+@pytest.fixture(params=[folder_boxes, study_boxes])
+def boxes(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[Any, Any, Any]:
+    sender, search = request.param(tmp_path)
+    return sender, search, lambda: request.param(tmp_path)[1]
+
+
+def test_there_and_back(boxes: Any) -> None:
+    sender, search, _ = boxes
+    search.open()
+    assert search.take() == []
+    sent = sender.send(Command("pause", 3, source="a test"))
+    assert sent.effect is None
+    (command,) = search.take()
+    assert command == sent.command
+    assert command.attempt == 1
+    assert search.take() == [], "taken once"
+    search.answer(command, Effect("applied", "paused"))
+    effect = sent.wait(5)
+    assert effect is not None
+    assert (effect.applied, effect.text) == (True, "paused")
+
+
+def test_commands_come_in_the_order_they_were_made(boxes: Any) -> None:
+    sender, search, _ = boxes
+    search.open()
+    for trial in range(12):
+        sender.send(Command("pause", trial))
+    assert [command.trial for command in search.take()] == list(range(12))
+
+
+def test_a_doubled_id_is_one_command(boxes: Any) -> None:
+    sender, search, _ = boxes
+    search.open()
+    command = Command("pause", 3, id="mine")
+    sender.send(command)
+    sender.send(Command("stop", 5, id="mine"))
+    assert [(c.verb, c.trial) for c in search.take()] == [("pause", 3)]
+    search.answer(command, Effect("applied", "paused"))
+    sender.send(command)
+    assert search.take() == []
+
+
+def test_a_restart_applies_nothing_twice_and_nothing_stale(boxes: Any) -> None:
+    sender, search, again = boxes
+    early = sender.send(Command("add", None, {"set": {"lr": 1.0}}))
+    search.open()
+    applied, lost = sender.send(Command("pause", 1)), sender.send(Command("pause", 2))
+    taken = search.take()
+    assert [command.id for command in taken] == [early.command.id, applied.command.id, lost.command.id]
+    search.answer(taken[1], Effect("applied", "paused"))
+    # The search is killed here.
+    second = again()
+    second.open()
+    assert [command.id for command in second.take()] == [early.command.id], "it was meant for whichever search comes"
+    assert applied.effect is not None
+    assert applied.effect.text == "paused"
+    stale = lost.effect
+    assert stale is not None
+    assert stale.state == "refused"
+    assert stale.text == "stale: it was sent to attempt 1 of this search, this is attempt 2; send it again"
+
+
+def test_after_the_end_nobody_listens(boxes: Any) -> None:
+    sender, search, _ = boxes
+    search.open()
+    late = sender.send(Command("pause", 3))
+    search.close("the search has ended")
+    assert late.effect is not None
+    assert (late.effect.state, late.effect.text) == ("refused", "the search has ended")
+    with pytest.raises(ControlError, match="runs no more: the search has ended"):
+        sender.send(Command("pause", 3))
+
+
+def test_a_killed_search_is_noticed(tmp_path: Path) -> None:
+    dead = subprocess.Popen([sys.executable, "-c", ""])
+    dead.wait()
+    box = FolderMailbox(tmp_path)
+    box.open()
+    attempt = tmp_path / "commands" / "attempt.json"
+    attempt.write_text(json.dumps({**json.loads(attempt.read_text()), "pid": dead.pid}))
+    with pytest.raises(ControlError, match=f"its process {dead.pid} is gone. Resume it first."):
+        box.send(Command("pause", 3))
+
+
+def test_what_others_put_into_the_folder_does_no_harm(tmp_path: Path) -> None:
+    sender, search = folder_boxes(tmp_path)
+    search.open()
+    folder = tmp_path / "commands"
+    command = Command("pause", 3, id="good")
+    (folder / "no-json.json").write_text("pause 3")
+    (folder / "other-id.json").write_text(command.to_json())
+    (folder / "huge.json").write_text(" " * (LARGEST_BYTES + 1))
+    (folder / "pickle.json").write_bytes(b"\x80\x04cos\nsystem\n")
+    (folder / "half.json.partial").write_text(command.to_json())
+    outside = tmp_path / "outside"
+    outside.write_text(Command("pause", 4, id="link").to_json())
+    (folder / "link.json").symlink_to(outside)
+    (folder / "folder.json").mkdir()
+    sent = sender.send(command)
+    assert search.take() == [sent.command]
+
+
+def test_files_appear_whole(tmp_path: Path) -> None:
+    """Many senders at once, and one that reads as fast as it can: every command comes once, none half written."""
+    _, search = folder_boxes(tmp_path)
+    search.open()
+    box = FolderMailbox(tmp_path)
+    threads = [
+        threading.Thread(target=lambda at=at: [box.send(Command("pause", at * 10 + i)) for i in range(10)])
+        for at in range(4)
+    ]
+    for thread in threads:
+        thread.start()
+    taken: list[int | None] = []
+    while any(thread.is_alive() for thread in threads) or len(taken) < 40:
+        taken += [command.trial for command in search.take()]
+    assert sorted(taken) == list(range(40))  # type: ignore[type-var]
+    assert not list((tmp_path / "commands").glob(".*"))
+
+
+def test_a_look_is_at_most_one_stat(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [0.0]
+    box = FolderMailbox(tmp_path, every_s=0.2, clock=lambda: now[0])
+    box.open()
+    os.utime(tmp_path / "commands", (1e9, 1e9))
+    stats = []
+    own = Path.stat
+    monkeypatch.setattr(Path, "stat", lambda self, **kwargs: (stats.append(self.name), own(self, **kwargs))[1])
+    monkeypatch.setattr(FolderMailbox, "_list", lambda self: stats.append("list") or [])
+    for step in range(1000):
+        now[0] = step * 0.001
+        box.take()
+    assert stats == ["commands", "list"] + ["commands"] * 4
+
+
+def test_a_storage_that_is_away_costs_no_search(tmp_path: Path) -> None:
+    class Away:
+        study_name = "s"
+
+        @property
+        def user_attrs(self) -> dict[str, Any]:
+            raise ConnectionError("gone")
+
+        def set_user_attr(self, key: str, value: Any) -> None:
+            raise ConnectionError("gone")
+
+    box = StudyMailbox(Away(), every_s=0)  # type: ignore[arg-type]
+    assert box.take() == []
+    box.answer(Command("pause", 3), Effect("applied", ""))
+    box.close("the end")
+
+
+def test_attributes_that_are_no_commands_are_ignored(tmp_path: Path) -> None:
+    sender, search = study_boxes(tmp_path)
+    search.open()
+    study = search._study
+    study.set_user_attr(COMMAND_ATTR + "x", {"verb": "pause"})
+    study.set_user_attr(COMMAND_ATTR + "../../x", Command("pause", 3, id="y").to_json())
+    good = sender.send(Command("pause", 3))
+    assert search.take() == [good.command]
+    assert study.user_attrs[ATTEMPT_ATTR] == {"attempt": 1, "ended": None}
+
+
+def test_memory_refuses_what_waits_at_the_end() -> None:
+    box = MemoryMailbox()
+    with pytest.raises(ControlError, match="no search runs"):
+        box.send(Command("cancel"))
+    box.open()
+    sent = box.send(Command("cancel"))
+    box.close("the search has ended")
+    assert sent.effect is not None
+    assert sent.effect.text == "the search has ended"
+
+
+# -- handles -----------------------------------------------------------------------------------------------------------
+
+
+def test_the_verbs_are_one_set(tmp_path: Path) -> None:
+    sent: list[Command] = []
+
+    class Recorder(Controls):
+        def _send(self, command: Command) -> Any:
+            sent.append(command)
+
+    controls = Recorder()
+    controls.pause(1)
+    controls.resume(1)
+    controls.stop(1)
+    controls.clone(1, set={"lr": 1.0})
+    controls.add({"lr": 1.0})
+    controls.extend(1, 2)
+    controls.set_policy("asha")
+    controls.cancel()
+    assert tuple(command.verb for command in sent) == VERBS
+
+
+def test_search_says_what_is_missing(tmp_path: Path) -> None:
+    with pytest.raises(ControlError, match="not both"):
+        Search()
+    with pytest.raises(ControlError, match="There is no run folder"):
+        Search(tmp_path / "nowhere")
+    with pytest.raises(ControlError, match=r"is no run folder: it has no events.jsonl"):
+        Search(tmp_path)
+    with pytest.raises(ControlError, match="`storage` must be given"):
+        Search(study="s")
+    with pytest.raises(ControlError, match="cannot be opened"):
+        Search(study="s", storage=f"sqlite:///{tmp_path / 'study.db'}")
+
+
+def test_events_of_another_process_are_read_as_they_come(tmp_path: Path) -> None:
+    (tmp_path / "events.jsonl").write_text('{"kind": "plan"}\n{"kind": "st')
+    search = Search(tmp_path)
+    assert search.events() == [{"kind": "plan"}]
+    with (tmp_path / "events.jsonl").open("a") as file:
+        file.write('ep"}\n')
+    assert search.events(1) == [{"kind": "step"}]

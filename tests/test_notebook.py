@@ -1,0 +1,99 @@
+"""The panel without a search and without a browser; clicks that steer a real one are in test_steering.py."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from rapidfire_automl.cli.view import SearchView
+from rapidfire_automl.control import Command, Controls
+from rapidfire_automl.events import Event
+from rapidfire_automl.notebook import _values, panel, table
+
+
+class Recorder(Controls):
+    """Takes commands and events."""
+
+    def __init__(self) -> None:
+        self.commands: list[Command] = []
+        self.listeners: list[Any] = []
+        self.chunks = 4
+
+    def _send(self, command: Command) -> Any:
+        self.commands.append(command)
+        return type("Sent", (), {"command": command})()
+
+    def add_listener(self, listener: Any) -> None:
+        self.listeners.append(listener)
+
+
+def test_without_ipywidgets_the_pip_line_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "ipywidgets", None)
+    with pytest.raises(ImportError, match=r"pip install 'rapidfire_automl\[notebook\]'"):
+        panel(Recorder())
+
+
+def test_every_button_sends_its_verb() -> None:
+    pytest.importorskip("ipywidgets", reason="the notebook's panel needs ipywidgets")
+    search = Recorder()
+    shown = panel(search)
+    shown.buttons["pause"].click()
+    assert "No trial has begun yet." in shown.message.value
+    (hear,) = search.listeners
+    for number in (0, 1):
+        hear(Event("trial_started", 0.0, number, 0, {"params": {"lr": 1e-3}, "boundaries": [2, 4, 6, 8]}))
+    shown.trial.value = 1
+    shown.changes.value = 'lr=1e-4, target_modules=["q_proj", "v_proj"]'
+    shown.chunks.value = 3
+    shown.policy.value = "asha"
+    for button in shown.buttons.values():
+        button.click()
+    changes = {"lr": 1e-4, "target_modules": ["q_proj", "v_proj"]}
+    assert [(c.verb, c.trial, dict(c.arguments)) for c in search.commands] == [
+        ("pause", 1, {}),
+        ("resume", 1, {}),
+        ("stop", 1, {}),
+        ("clone", 1, {"set": changes, "warm_start": True}),
+        ("add", None, {"set": changes}),
+        ("extend", 1, {"chunks": 3}),
+        ("set-policy", None, {"name": "asha", "arguments": changes}),
+        ("cancel", None, {}),
+    ]
+    shown.changes.value = "nonsense"
+    shown.buttons["add"].click()
+    assert "Values must look like" in shown.message.value
+
+
+def test_the_table_escapes_what_comes_from_outside() -> None:
+    view = SearchView(1, 4)
+    view(Event("trial_started", 0.0, 0, 0, {"params": {"<b>": "<script>"}, "boundaries": [2]}))
+    drawn = table(view.rows.values(), 4, best=None)
+    assert "<script>" not in drawn
+    assert "&lt;script&gt;" in drawn
+
+
+def test_values() -> None:
+    assert _values("a=1, b=[1, 2, 3], c=all-linear,") == {"a": 1, "b": [1, 2, 3], "c": "all-linear"}
+    assert _values("  ") == {}
+
+
+def test_the_view_shows_what_people_do(tmp_path: Path) -> None:
+    view = SearchView(1, 4)
+    view(Event("trial_started", 0.0, 0, 0, {"params": {}, "boundaries": [2, 4]}))
+
+    def command(verb: str, effect: str = "applied", text: str = "done") -> None:
+        data = {"verb": verb, "of": 0, "effect": effect, "text": text, "source": "a test"}
+        view(Event("command", 0.0, 0, 0, data))
+
+    command("pause", "refused")
+    assert view.rows[0].state == "running"
+    command("pause")
+    assert view.rows[0].state == "paused"
+    command("resume")
+    assert view.rows[0].state == "running"
+    command("clone")
+    assert view.n_trials == 2
+    assert view.commands[-1] == "clone 0 (applied): done"
