@@ -19,6 +19,7 @@ from rapidfire_automl.events import Event, Listener
 _VERDICT_STYLE = {"continue": "green", "pause": "yellow", "stop": "red", "complete": "bold green"}
 _STATE_STYLE = {"running": "cyan", "paused": "yellow", "complete": "bold green", "pruned": "dim", "failed": "red"}
 _STATE_NAME = {"pruned": "stopped"}
+_OF_WORKERS = ("elsewhere", "storage_away", "storage_back", "trial_orphaned", "trial_lost")
 _COSTS = ("generated", "trained", "seconds")
 _EIGHTHS = " ▏▎▍▌▋▊▉"
 
@@ -66,6 +67,8 @@ class PlainLines:
             yield f"plan: {data.get('reason', '')}"
         elif event.kind == "out_of_memory":
             yield f"out of memory: passes now have at most {data['budget_tokens']} tokens"
+        elif event.kind in _OF_WORKERS:
+            yield from self._of_workers(event)
         elif event.kind == "warning":
             yield f"warning: {data['message']}" if trial is None else f"warning: trial {trial}: {data['message']}"
         elif event.kind == "command":
@@ -90,6 +93,15 @@ class PlainLines:
                 yield f"trial {trial} failed: {data.get('reason', '')}"
             elif data["state"] == "complete":
                 yield f"trial {trial} is complete: {number(data.get('value'))}"
+
+    def _of_workers(self, event: Event) -> Iterable[str]:
+        """Of other workers' trials, and of the storage where they meet."""
+        data = event.data
+        if event.kind != "elsewhere":
+            yield self._view.warnings[-1]
+            return
+        state = _STATE_NAME.get(data["state"], data["state"])
+        yield f"trial {data['of']} at {data['worker']}: {state}, chunk {data['chunk']}, {number(data['value'])}"
 
     def _flush(self, trial: int) -> Iterable[str]:
         """The chunk nobody judged: a policy may leave a trial out."""
@@ -177,6 +189,8 @@ def table(view: SearchView, rows: Iterable[Row]) -> Table:
     grid.add_column("value", justify="right", no_wrap=True)
     for name in _COSTS if view.generates else ():
         grid.add_column(name, justify="right", no_wrap=True)
+    if shared := any(row.worker for row in view.rows.values()):
+        grid.add_column("worker", no_wrap=True, overflow="ellipsis", max_width=20)
     grid.add_column("state", no_wrap=True)
     grid.add_column("verdict", no_wrap=True, overflow="ellipsis", ratio=4, min_width=12)
     best = view.best
@@ -192,6 +206,7 @@ def table(view: SearchView, rows: Iterable[Row]) -> Table:
             bar(row, view.chunks),
             Text(number(row.value), style=_value_style(row, view, is_best=is_best)),
             *(Text(text, style=fade) for text in (_costs(row) if view.generates else ())),
+            *((Text(row.worker or "this one", style="dim"),) if shared else ()),
             Text(_STATE_NAME.get(row.state, row.state), style=_STATE_STYLE[row.state]),
             verdict,
         )

@@ -40,6 +40,8 @@ class Arm:
         judged: Chunks on which there is a verdict.
         final: The verdict on the last of them, where an earlier process has ended it there.
         restored: What it goes on from, where an earlier process has begun it.
+        attempt: Which attempt at the trial this is, from 1.
+        lost: Whether other workers have taken it over: nothing it says counts any more.
     """
 
     trial: optuna.Trial
@@ -63,6 +65,8 @@ class Arm:
     reported: int = 0
     final: Decision | None = None
     restored: Any = None
+    attempt: int = 1
+    lost: bool = False
     asked: int = 0
     span_start_s: float = 0.0
     baton_since_s: float = 0.0

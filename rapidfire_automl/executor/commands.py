@@ -21,7 +21,7 @@ from rapidfire_automl.executor import enqueueing, seams, warmstart
 from rapidfire_automl.executor.arm import Arm
 from rapidfire_automl.executor.requests import Boundary, Pace
 from rapidfire_automl.executor.rounds import report
-from rapidfire_automl.executor.sources import Arrivals, Asking
+from rapidfire_automl.executor.sources import Arrivals, Asking, Claims
 from rapidfire_automl.mailboxes import Mailbox, MemoryMailbox, StudyMailbox
 from rapidfire_automl.pruners import PolicyPruner, policy_from_name, policy_from_outside
 from rapidfire_automl.records import TrialRecord
@@ -91,7 +91,7 @@ class Commands:
         self._warm: dict[int, warmstart.WarmStart] = {}
         self._allowed: frozenset[type] = frozenset()
         self._study: optuna.Study | None = None
-        self._source: Asking | Arrivals | None = None
+        self._source: Asking | Arrivals | Claims | None = None
         self._said_all_paused = False
         self.conductor: Conductor | None = None
 
@@ -105,7 +105,7 @@ class Commands:
         """Listen to one more, in the next search."""
         self._more.append(mailbox)
 
-    def begin(self, study: optuna.Study, source: Asking | Arrivals) -> None:
+    def begin(self, study: optuna.Study, source: Asking | Arrivals | Claims) -> None:
         """A search begins."""
         self._study, self._source = study, source
         self._allowed = classes_of(study.pruner)
@@ -114,7 +114,7 @@ class Commands:
         boxes: list[Mailbox] = [self._memory, *self._more]
         self._more = []
         if not isinstance(getattr(study, "_storage", None), InMemoryStorage):
-            boxes.append(StudyMailbox(study))
+            boxes.append(StudyMailbox(study, shared=isinstance(source, Claims)))
         for box in boxes:
             try:
                 box.open()
@@ -237,7 +237,7 @@ class Commands:
 
     def _why_not_live(self, number: int) -> str:
         record = self._records.get(number)
-        if record is not None:
+        if record is not None and (record.state in _ENDED or not isinstance(self._source, Claims)):
             return _ENDED.get(record.state, "has not begun")
         trials = self._trials()
         if number not in trials:
@@ -424,7 +424,7 @@ class Commands:
         if warm is not None:
             self._warm[number] = warm
         notes = [f"trial {number} is next in line for a slot", *notes]
-        if isinstance(self._source, Asking):
+        if isinstance(self._source, (Asking, Claims)):
             self._source.ask_for(trial)
         else:
             notes.append("it is one of `n_trials`, which study.optimize counts by itself")
