@@ -5,8 +5,11 @@ Optuna wraps what SQLAlchemy raises, SQLAlchemy what the driver raises. Whatever
 
 from __future__ import annotations
 
+import contextlib
 import errno
+import os
 import re
+import socket
 import threading
 from collections.abc import Callable
 from typing import Any
@@ -71,6 +74,28 @@ def watch(engine: Any, tell: Callable[[BaseException], None]) -> None:
         tell(context.sqlalchemy_exception or context.original_exception)
 
     event.listen(engine, "handle_error", failed)
+
+
+def hanging_up(engine: Any) -> Callable[[], None]:
+    """What breaks the connections of an SQLAlchemy engine that are in use, where the driver tells their sockets."""
+    from sqlalchemy import event
+
+    in_use: dict[int, Any] = {}
+
+    def out(connection: Any, record: Any, proxy: Any) -> None:
+        in_use[id(connection)] = connection
+
+    def back(connection: Any, record: Any) -> None:
+        in_use.pop(id(connection), None)
+
+    def hang_up() -> None:
+        for connection in list(in_use.values()):
+            with contextlib.suppress(Exception):  # closed in this moment, or a driver without sockets
+                socket.socket(fileno=os.dup(connection.fileno())).shutdown(socket.SHUT_RDWR)
+
+    event.listen(engine, "checkout", out)
+    event.listen(engine, "checkin", back)
+    return hang_up
 
 
 def failures() -> int:

@@ -40,7 +40,11 @@ PATIENCE_S = 600.0
 """How long a storage may be away by default."""
 _SAY_AFTER_S = 2.0
 """A lock that is held for a moment is nothing to speak of."""
-_FIRST_WAIT_S, _LONGEST_WAIT_S = 0.05, 5.0
+_NO_ANSWER_S = 5.0
+"""A call that takes longer is said to get no answer."""
+_FIRST_WAIT_S = 0.05
+LONGEST_WAIT_S = 5.0
+"""Between two tries, so that many workers don't fall upon a server that has just come back."""
 
 
 class StorageAway(RuntimeError):
@@ -63,6 +67,8 @@ class PatientStorage(BaseStorage, BaseHeartbeat):
         patience_s: How long a call is tried; after that it raises, and so does every other call until `renew`.
         alone: Whether no other process begins trials of the study.
         say_after_s: For how long nothing is said.
+        hang_up: Breaks the connections of calls that get no answer, from another thread; without it they can only be
+            waited for.
 
     Raises:
         StorageAway: From any call, when the time is over; the last error is its cause.
@@ -75,6 +81,7 @@ class PatientStorage(BaseStorage, BaseHeartbeat):
         patience_s: float = PATIENCE_S,
         alone: bool = True,
         say_after_s: float = _SAY_AFTER_S,
+        hang_up: Callable[[], None] | None = None,
     ) -> None:
         self.inner = inner
         self.patience_s = patience_s
@@ -86,6 +93,9 @@ class PatientStorage(BaseStorage, BaseHeartbeat):
         self._away_since: float | None = None
         self._said = False
         self._jitter = random.Random(secrets.randbits(32))
+        self._hang_up = hang_up
+        self._calls: dict[int, float] = {}
+        self._watcher: threading.Thread | None = None
 
     def __getstate__(self) -> dict[str, Any]:
         return {"inner": self.inner, "patience_s": self.patience_s, "alone": self.alone, "say": self._say_after_s}
@@ -100,6 +110,9 @@ class PatientStorage(BaseStorage, BaseHeartbeat):
         """Have a function called with "away" or "back", for how many seconds it has been away, and why."""
         if listener not in self._listeners:
             self._listeners.append(listener)
+        if self._watcher is None:
+            self._watcher = threading.Thread(target=self._watch, name="storage-watcher", daemon=True)
+            self._watcher.start()
 
     def give_up(self) -> None:
         """Let every call that waits raise now, and every call to come that can't get through at once."""
@@ -125,7 +138,11 @@ class PatientStorage(BaseStorage, BaseHeartbeat):
         begin, wait_s, tries = time.monotonic(), _FIRST_WAIT_S, 0
         while True:
             try:
-                result = call(tries)
+                self._calls[threading.get_ident()] = time.monotonic()
+                try:
+                    result = call(tries)
+                finally:
+                    self._calls.pop(threading.get_ident(), None)
             except Exception as error:
                 if not errors_of_storages.is_away(error):
                     raise
@@ -141,11 +158,24 @@ class PatientStorage(BaseStorage, BaseHeartbeat):
                 tries += 1
                 left_s = begin + self.patience_s - time.monotonic()
                 self._over.wait(min(wait_s * self._jitter.uniform(0.5, 1.0), max(left_s, 0.01)))
-                wait_s = min(2 * wait_s, _LONGEST_WAIT_S)
+                wait_s = min(2 * wait_s, LONGEST_WAIT_S)
             else:
                 if self._away_since is not None:
                     self._is_back()
                 return result
+
+    def _watch(self) -> None:
+        """A server that is frozen refuses nothing: say that it does not answer, and hang up when the time is over."""
+        while True:
+            time.sleep(1.0)
+            begun = min(list(self._calls.values()), default=None)
+            waited_s = 0.0 if begun is None else time.monotonic() - begun
+            if waited_s > _NO_ANSWER_S:
+                self._has_gone(f"no answer for {waited_s:.0f} s")
+            if waited_s > self.patience_s + _NO_ANSWER_S or (waited_s > _NO_ANSWER_S and self._over.is_set()):
+                self._over.set()
+                if self._hang_up is not None:
+                    self._hang_up()
 
     def _has_gone(self, reason: str) -> None:
         with self._lock:

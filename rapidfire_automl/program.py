@@ -221,7 +221,9 @@ def build_study(program: Program, *, joins: bool = False) -> optuna.Study:
     program.run_dir.mkdir(parents=True, exist_ok=True)
     if search.shared:
         grid = [point.params for point in program.space.grid()] if search.sampler.name == "grid" else []
-        shared = sharing.Shared(program.settings, program.files, program.run_dir, program.facts)
+        base = program.settings.base.model_copy(update={"model": program.facts["base.model"]})  # found elsewhere there
+        settings = program.settings.model_copy(update={"base": base})
+        shared = sharing.Shared(settings, program.files, program.run_dir, program.facts)
         n_trials = None if joins else program.n_trials
         return sharing.join(shared, program.sampler, program.pruner, n_trials, grid)
     where = search.storage or str((program.run_dir / "study.db").absolute())

@@ -10,7 +10,7 @@ from typing import Any
 import optuna
 from optuna.storages import BaseStorage, RDBStorage, RetryHeartbeatStaleTrialCallback
 
-from rapidfire_automl.errors_of_storages import reason_of, redacted, watch
+from rapidfire_automl.errors_of_storages import hanging_up, reason_of, redacted, watch
 from rapidfire_automl.patience import PATIENCE_S, PatientStorage
 
 HEARTBEAT_S, GRACE_S = 30, 120
@@ -75,7 +75,9 @@ def open_storage(
         return PatientStorage(_journal(url), patience_s=patience_s)
     backend = _database(url, heartbeat_s, grace_s)
     inner = optuna.storages.get_storage(backend)
-    storage = PatientStorage(inner, patience_s=patience_s, alone=heartbeat_s is None)
+    storage = PatientStorage(
+        inner, patience_s=patience_s, alone=heartbeat_s is None, hang_up=hanging_up(backend.engine)
+    )
     watch(backend.engine, storage.failed)
     return storage
 

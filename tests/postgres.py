@@ -32,19 +32,20 @@ class Server:
     def __init__(self, folder: Path) -> None:
         found = binaries()
         assert found is not None
-        self._binaries, self._folder = found, folder
+        self._binaries, self.folder = found, folder
         self._user = None
         if os.getuid() == 0:
             self._user = next(user.pw_name for user in pwd.getpwall() if user.pw_name in ("postgres", "nobody"))
             shutil.chown(folder, self._user)
-        self._run("initdb", "-D", "data", "-A", "trust", "-U", "postgres", "--no-sync", "--no-locale", "-E", "UTF8")
+        self.run("initdb", "-D", "data", "-A", "trust", "-U", "postgres", "--no-sync", "--no-locale", "-E", "UTF8")
         settings = [f"unix_socket_directories = '{folder}'", "listen_addresses = ''", "fsync = off"]
         (folder / "data" / "postgresql.auto.conf").write_text("\n".join([*settings, ""]))
 
-    def _run(self, name: str, *words: str) -> None:
+    def run(self, name: str, *words: str) -> None:
+        """Run one of the server's programs."""
         done = subprocess.run(
             [self._binaries / name, *words],
-            cwd=self._folder,
+            cwd=self.folder,
             user=self._user,
             env={**os.environ, "LC_ALL": "C"},
             stdout=subprocess.PIPE,
@@ -57,22 +58,22 @@ class Server:
 
     def start(self) -> None:
         """Start it; returns when it answers."""
-        self._run("pg_ctl", "-D", "data", "-l", "log", "-s", "-w", "start")
+        self.run("pg_ctl", "-D", "data", "-l", "log", "-s", "-w", "start")
 
     def stop(self) -> None:
         """Stop it: connections are closed, and new ones refused."""
-        self._run("pg_ctl", "-D", "data", "-s", "-m", "fast", "-w", "stop")
+        self.run("pg_ctl", "-D", "data", "-s", "-m", "fast", "-w", "stop")
 
     @property
     def pids(self) -> list[int]:
         """Of the server and of those who serve its connections."""
-        first = int((self._folder / "data" / "postmaster.pid").read_text().split()[0])
+        first = int((self.folder / "data" / "postmaster.pid").read_text().split()[0])
         children = Path(f"/proc/{first}/task/{first}/children").read_text().split()
         return [first, *map(int, children)]
 
     def url(self, database: str = "postgres") -> str:
         """For SQLAlchemy."""
-        return f"postgresql+psycopg://postgres:a-secret@/{database}?host={self._folder}"
+        return f"postgresql+psycopg://postgres:a-secret@/{database}?host={self.folder}"
 
 
 @contextmanager

@@ -22,7 +22,9 @@ NTrials = Annotated[int | None, typer.Option("--n-trials", help="Short for --set
 Slots = Annotated[int | None, typer.Option(help="Short for --set search.slots=N.")]
 Chunks = Annotated[int | None, typer.Option(help="Short for --set search.chunks=N.")]
 Seed = Annotated[int | None, typer.Option(help="Short for --set search.seed=N.")]
-Out = Annotated[Path | None, typer.Option("--out", "-o", help="The run folder, short for --set output.dir=PATH.")]
+Out = Annotated[
+    Path | None, typer.Option("--output-dir", "--out", "-o", help="The run folder, short for --set output.dir=PATH.")
+]
 Storage = Annotated[
     str | None,
     typer.Option(

@@ -28,7 +28,7 @@ def worker(
     study: Annotated[str, typer.Option("--study", metavar="NAME", help="The study's name.")],
     output_dir: Annotated[
         Path | None,
-        typer.Option("--output-dir", "-o", metavar="DIR", help="The search's folder, if it is elsewhere here."),
+        typer.Option("--output-dir", "--out", "-o", metavar="DIR", help="The search's folder, if elsewhere here."),
     ] = None,
     folder: Annotated[
         Path | None, typer.Option("--folder", metavar="DIR", help="The search file's folder, if it is elsewhere here.")

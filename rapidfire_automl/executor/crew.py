@@ -18,7 +18,7 @@ from rapidfire_automl import attempts, failpoints, sheets, workers
 from rapidfire_automl.executor.arm import Arm
 from rapidfire_automl.executor.ledger import past_of, waits
 from rapidfire_automl.executor.rounds import VECTORS_ATTR
-from rapidfire_automl.patience import StorageAway
+from rapidfire_automl.patience import LONGEST_WAIT_S, StorageAway
 from rapidfire_automl.records import TrialRecord
 from rapidfire_automl.workers import Worker
 from rapidfire_policies.base import TrialState
@@ -113,6 +113,11 @@ class Crew:
         else:
             self._tell("trial_lost", arm, worker=self._who_has(arm.number))
 
+    def end_for_all(self) -> None:
+        """Let other workers end, too."""
+        if not self._study.user_attrs.get(workers.CANCELLED_ATTR):
+            self._study.set_user_attr(workers.CANCELLED_ATTR, f"cancelled through worker {self.worker.name}")
+
     def share(self, record: TrialRecord) -> None:
         """Let other workers see what a chunk has come to beside its value; called in the trial's thread."""
         try:
@@ -186,19 +191,20 @@ class Crew:
     # -- the pulse -----------------------------------------------------------------------------------------------------
 
     def _pulse(self) -> None:
-        beaten_s = in_touch_since_s = time.monotonic() - self._grace_s
+        others_need_s = self._grace_s + LONGEST_WAIT_S
+        beaten_s = in_touch_since_s = time.monotonic() - others_need_s
         last_s = time.monotonic()
         while True:
             try:
                 if time.monotonic() - beaten_s >= self._heartbeat_s:
                     beaten_s = time.monotonic()
                     self._beat()
-                self._look()
+                goes_on = self._look()
                 now = time.monotonic()
                 if now - last_s > 0.75 * self._grace_s:
                     in_touch_since_s = now  # it was frozen, or nobody could be heard: the others, too, may live
                 last_s = now
-                if now - in_touch_since_s >= self._grace_s:
+                if goes_on and now - in_touch_since_s >= others_need_s:
                     self._take_from_the_dead()
             except StorageAway:
                 return
@@ -212,8 +218,8 @@ class Crew:
         for arm in self._held():
             self._storage.record_heartbeat(arm.trial._trial_id)
 
-    def _look(self) -> None:
-        """Whose trials are still this worker's, and whether the search goes on."""
+    def _look(self) -> bool:
+        """Whose trials are still this worker's; returns whether the search goes on."""
         states = {trial._trial_id: trial.state for trial in self._study.get_trials(deepcopy=False)}
         for arm in self._held():
             if not arm.done and states.get(arm.trial._trial_id) is OptunaState.FAIL:
@@ -221,6 +227,7 @@ class Crew:
         why = self._study.user_attrs.get(workers.CANCELLED_ATTR)
         if why:
             self._cancelled(str(why))
+        return not why
 
     def _take_from_the_dead(self) -> None:
         mine = {arm.trial._trial_id for arm in self._held()}

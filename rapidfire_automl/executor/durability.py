@@ -38,6 +38,7 @@ _KEEP = 2
 """Checkpoints of a trial that are kept: the newest, and the one to fall back to if it is damaged."""
 _ENDED = "ended"
 _CHECKPOINTS = "checkpoints"
+_OWNER = "study.txt"
 
 
 @dataclass(slots=True)
@@ -148,10 +149,16 @@ class Durability:
         """Work on a search with others.
 
         Raises:
-            SearchDiffers: They search something else.
+            SearchDiffers: They search something else, or the folder is another search's.
         """
         assert isinstance(self._journal, Ledger)
-        self.sampler_seed = self._journal.agree(facts)
+        search, self.sampler_seed = self._journal.agree(facts)
+        owner = self._folder / _OWNER
+        owner.parent.mkdir(parents=True, exist_ok=True)
+        if not owner.exists():
+            owner.write_text(search, encoding="utf-8")
+        if (other := owner.read_text(encoding="utf-8")) != search:
+            raise SearchDiffers(f"{self._folder} holds the search {other}, this is {search}. Take another folder.")
         self._on = True
 
     def _forget(self) -> None:
@@ -168,6 +175,10 @@ class Durability:
         if self._on:
             self._journal.write("over")
             self._on = False
+
+    def flush(self) -> None:
+        """Wait until what is to be written is, so that others can go on from there."""
+        self._writer.flush(timeout=60.0)
 
     def close(self) -> None:
         """Write what is left to write and let others in."""
@@ -326,7 +337,6 @@ class Durability:
         assert isinstance(self._journal, Ledger)
         past = self._journal.open(number, trial)
         if attempts.attempt_of(trial) == 1:
-            self.asked(number)
             return None
         if number in past.ended:
             return self._over(trial.study, trial.storage.get_trial(trial._trial_id), past)

