@@ -77,24 +77,26 @@ def watch(engine: Any, tell: Callable[[BaseException], None]) -> None:
 
 
 def hanging_up(engine: Any) -> Callable[[], None]:
-    """What breaks the connections of an SQLAlchemy engine that are in use, where the driver tells their sockets."""
+    """What breaks the connections of an SQLAlchemy engine, where the driver tells their sockets."""
     from sqlalchemy import event
 
-    in_use: dict[int, Any] = {}
+    opened: dict[int, Any] = {}
 
-    def out(connection: Any, record: Any, proxy: Any) -> None:
-        in_use[id(connection)] = connection
+    def connected(connection: Any, record: Any) -> None:
+        if connection is not None:
+            opened[id(connection)] = connection
 
-    def back(connection: Any, record: Any) -> None:
-        in_use.pop(id(connection), None)
+    def closed(connection: Any, record: Any) -> None:
+        opened.pop(id(connection), None)
 
     def hang_up() -> None:
-        for connection in list(in_use.values()):
+        for connection in list(opened.values()):
             with contextlib.suppress(Exception):  # closed in this moment, or a driver without sockets
                 socket.socket(fileno=os.dup(connection.fileno())).shutdown(socket.SHUT_RDWR)
 
-    event.listen(engine, "checkout", out)
-    event.listen(engine, "checkin", back)
+    for happening in ("connect", "checkin"):  # those that were opened before are known when they are given back
+        event.listen(engine, happening, connected)
+    event.listen(engine, "close", closed)
     return hang_up
 
 

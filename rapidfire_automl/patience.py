@@ -22,6 +22,7 @@ import random
 import secrets
 import threading
 import time
+import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -92,6 +93,7 @@ class PatientStorage(BaseStorage, BaseHeartbeat):
         self._over = threading.Event()
         self._away_since: float | None = None
         self._said = False
+        self._reason = ""
         self._jitter = random.Random(secrets.randbits(32))
         self._hang_up = hang_up
         self._calls: dict[int, float] = {}
@@ -111,7 +113,8 @@ class PatientStorage(BaseStorage, BaseHeartbeat):
         if listener not in self._listeners:
             self._listeners.append(listener)
         if self._watcher is None:
-            self._watcher = threading.Thread(target=self._watch, name="storage-watcher", daemon=True)
+            watching = (weakref.ref(self),)
+            self._watcher = threading.Thread(target=_watch, args=watching, name="storage-watcher", daemon=True)
             self._watcher.start()
 
     def give_up(self) -> None:
@@ -121,6 +124,7 @@ class PatientStorage(BaseStorage, BaseHeartbeat):
     def renew(self) -> None:
         """Be patient again."""
         self._over.clear()
+        self._away_since, self._said = None, False
 
     @property
     def away_s(self) -> float:
@@ -137,6 +141,8 @@ class PatientStorage(BaseStorage, BaseHeartbeat):
         """Call with how often it has been tried, until it returns."""
         begin, wait_s, tries = time.monotonic(), _FIRST_WAIT_S, 0
         while True:
+            if self._over.is_set() and self._away_since is not None:  # whoever leaves does not ask a dead server again
+                raise self._too_long()
             try:
                 self._calls[threading.get_ident()] = time.monotonic()
                 try:
@@ -151,10 +157,7 @@ class PatientStorage(BaseStorage, BaseHeartbeat):
                 self._has_gone(reason)
                 if self._over.is_set() or waited_s >= self.patience_s:
                     self._over.set()
-                    raise StorageAway(
-                        f"The study's storage could not be reached for {waited_s:.0f} s: {reason}. Every trial is kept "
-                        "as of its last chunk; run the same command again when the storage is back."
-                    ) from error
+                    raise self._too_long() from error
                 tries += 1
                 left_s = begin + self.patience_s - time.monotonic()
                 self._over.wait(min(wait_s * self._jitter.uniform(0.5, 1.0), max(left_s, 0.01)))
@@ -164,23 +167,28 @@ class PatientStorage(BaseStorage, BaseHeartbeat):
                     self._is_back()
                 return result
 
-    def _watch(self) -> None:
-        """A server that is frozen refuses nothing: say that it does not answer, and hang up when the time is over."""
-        while True:
-            time.sleep(1.0)
-            begun = min(list(self._calls.values()), default=None)
-            waited_s = 0.0 if begun is None else time.monotonic() - begun
-            if waited_s > _NO_ANSWER_S:
-                self._has_gone(f"no answer for {waited_s:.0f} s")
-            if waited_s > self.patience_s + _NO_ANSWER_S or (waited_s > _NO_ANSWER_S and self._over.is_set()):
-                self._over.set()
-                if self._hang_up is not None:
-                    self._hang_up()
+    def _too_long(self) -> StorageAway:
+        return StorageAway(
+            f"The study's storage could not be reached for {self.away_s:.0f} s: {self._reason}. Every trial is kept as "
+            "of its last chunk; run the same command again when the storage is back."
+        )
 
-    def _has_gone(self, reason: str) -> None:
+    def _look(self) -> None:
+        """A server that is frozen refuses nothing: say that it does not answer, and hang up when the time is over."""
+        begun = min(list(self._calls.values()), default=None)
+        waited_s = 0.0 if begun is None else time.monotonic() - begun
+        if waited_s > _NO_ANSWER_S:
+            self._has_gone(f"no answer for {waited_s:.0f} s", waited_s)
+        if waited_s > self.patience_s + _NO_ANSWER_S or (waited_s > _NO_ANSWER_S and self._over.is_set()):
+            self._over.set()
+            if self._hang_up is not None:
+                self._hang_up()
+
+    def _has_gone(self, reason: str, waited_s: float = 0.0) -> None:
         with self._lock:
             now = time.monotonic()
-            self._away_since = self._away_since or now
+            self._away_since = self._away_since or now - waited_s
+            self._reason = reason
             say = not self._said and now - self._away_since >= self._say_after_s
             self._said = self._said or say
             away_s = now - self._away_since
@@ -288,6 +296,14 @@ class PatientStorage(BaseStorage, BaseHeartbeat):
     def get_heartbeat_stale_trial_callback(self) -> Callable[[optuna.Study, FrozenTrial], None] | None:
         """What becomes of a trial whose process is gone."""
         return self.inner.get_heartbeat_stale_trial_callback() if isinstance(self.inner, BaseHeartbeat) else None
+
+
+def _watch(watched: weakref.ref[PatientStorage]) -> None:
+    """Look after a storage as long as anybody uses it."""
+    while (storage := watched()) is not None:
+        storage._look()
+        del storage
+        time.sleep(1.0)
 
 
 def patient(study: optuna.Study, *, patience_s: float) -> PatientStorage | None:
