@@ -13,8 +13,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from rapidfire_automl.event_log import Line, Log, read_events
 from rapidfire_automl.events import Event
-from rapidfire_automl.journal import Line, Log, read_events
 
 _BECAUSE = (
     (("not_finite",), "its value was {not_finite}"),

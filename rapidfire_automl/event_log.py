@@ -27,7 +27,7 @@ _BLOCK_BYTES = 65536
 _sync = getattr(os, "fdatasync", os.fsync)
 
 
-class Journal:
+class EventLog:
     """The listener that keeps `events.jsonl`, and what only events tell, and passes every event on.
 
     A line is an event with `seq`, which counts up through all searches in the file, and `time`, the wall clock in UTC.
@@ -98,7 +98,7 @@ class Journal:
 
     @property
     def elapsed_s(self) -> float:
-        """Seconds since the journal was opened."""
+        """Seconds since the log was opened."""
         return time.monotonic() - self.start_s
 
     def __enter__(self) -> Self:
