@@ -41,6 +41,8 @@ from rapidfire_automl.hints import nearest
 VERBS = ("pause", "resume", "stop", "clone", "add", "extend", "set-policy", "cancel")
 OF_A_TRIAL = ("pause", "resume", "stop", "clone", "extend")
 """Verbs that name a trial; the others must not."""
+OWN_SOURCE = "Python"
+"""The source of commands from the search's own process that say no other."""
 LARGEST_BYTES = 64 * 1024
 """Of a command as JSON: enough for any configuration, too little to fill a disk with."""
 
@@ -85,7 +87,7 @@ class Command:
     verb: str
     trial: int | None = None
     arguments: Mapping[str, Any] = field(default_factory=dict)
-    source: str = "Python"
+    source: str = OWN_SOURCE
     id: str = field(default_factory=lambda: new_id())
     when_s: float = field(default_factory=time.time)
     attempt: int | None = None
@@ -258,7 +260,10 @@ class Controls:
         return self._send(Command("set-policy", None, {"name": policy, "arguments": arguments}))
 
     def cancel(self) -> Sent:
-        """End the search at the next safe point; what has finished stays."""
+        """End the search at once; what has finished stays, and the adapters of trials under way are saved as they are.
+
+        The search is over by that: to leave off for a while, interrupt it, and run it again later.
+        """
         return self._send(Command("cancel"))
 
 

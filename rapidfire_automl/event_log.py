@@ -172,6 +172,31 @@ def read_events(run_dir: str | os.PathLike[str]) -> Log:
     return Log(tuple(lines), torn=bool(rest), damaged=tuple(damaged))
 
 
+class Follower:
+    """Reads the events of a run folder as they come.
+
+    Args:
+        run_dir: The run folder.
+    """
+
+    def __init__(self, run_dir: str | os.PathLike[str]) -> None:
+        self._path = Path(run_dir) / FILE
+        self._at = 0
+
+    def read(self) -> list[Event]:
+        """What has been written since the last call; a line that is half written is left for the next."""
+        try:
+            with self._path.open("rb") as file:
+                file.seek(self._at)
+                whole = file.read().rpartition(b"\n")[0]
+        except OSError:
+            return []
+        if not whole:
+            return []
+        self._at += len(whole) + 1
+        return [line.event for line in map(_parse, whole.split(b"\n")) if line is not None]
+
+
 def _parse(raw: bytes) -> Line | None:
     """The line, or None where it is no event."""
     try:

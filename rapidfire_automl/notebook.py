@@ -5,10 +5,11 @@ from __future__ import annotations
 import html
 import threading
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
 from typing import Any
 
 from rapidfire_automl.cli.view import LIVE, Row, SearchView, number
-from rapidfire_automl.control import ControlError, Controls, Sent
+from rapidfire_automl.control import Command, ControlError, Controls, Sent
 from rapidfire_automl.events import Event
 from rapidfire_automl.settings import toml_value
 from rapidfire_automl.steering import Search
@@ -16,8 +17,8 @@ from rapidfire_automl.steering import Search
 _COLORS = {"running": "#0a7", "paused": "#b80", "complete": "#073", "pruned": "#888", "failed": "#c00"}
 
 
-class Panel:
-    """The widgets of a search; show it as a cell's last line.
+class Panel(Controls):
+    """The widgets of a search; show it as a cell's last line. Its buttons are its own verbs.
 
     Args:
         search: An executor, `Experiment`, `AutoML`, or `Search` of another process.
@@ -34,7 +35,6 @@ class Panel:
             raise ImportError("`panel` needs ipywidgets: pip install 'rapidfire_automl[notebook]'") from error
         self.search = search
         self._view = SearchView(0, getattr(search, "chunks", 1))
-        self._read = 0
         self._closed = threading.Event()
         self._sent: list[Sent] = []
         self.table = ipywidgets.HTML()
@@ -45,18 +45,16 @@ class Panel:
         self.chunks = ipywidgets.BoundedIntText(value=1, min=1, max=10_000, description="Chunks")
         self.policy = ipywidgets.Text(description="Policy", placeholder="asha; empty: none")
         verbs: Mapping[str, Callable[[], Sent]] = {
-            "pause": lambda: self.search.pause(self._trial()),
-            "resume": lambda: self.search.resume(self._trial()),
-            "stop": lambda: Controls.stop(self.search, self._trial()),
-            "clone": lambda: self.search.clone(
+            "pause": lambda: self.pause(self._trial()),
+            "resume": lambda: self.resume(self._trial()),
+            "stop": lambda: self.stop(self._trial()),
+            "clone": lambda: self.clone(
                 self._trial(), set=_values(self.changes.value), warm_start=self.warm_start.value
             ),
-            "add": lambda: self.search.add(_values(self.changes.value)),
-            "extend": lambda: self.search.extend(self._trial(), self.chunks.value),
-            "set-policy": lambda: self.search.set_policy(
-                self.policy.value.strip() or None, **_values(self.changes.value)
-            ),
-            "cancel": lambda: self.search.cancel(),
+            "add": lambda: self.add(_values(self.changes.value)),
+            "extend": lambda: self.extend(self._trial(), self.chunks.value),
+            "set-policy": lambda: self.set_policy(self.policy.value.strip() or None, **_values(self.changes.value)),
+            "cancel": lambda: self.cancel(),
         }
         self.buttons = {verb: ipywidgets.Button(description=verb) for verb in verbs}
         for verb, button in self.buttons.items():
@@ -84,12 +82,14 @@ class Panel:
 
         display(self.widget)
 
+    def _send(self, command: Command) -> Sent:
+        return self.search._send(replace(command, source="notebook panel"))
+
     def refresh(self) -> None:
         """Show what has happened by now."""
         if isinstance(self.search, Search):
-            for told in self.search.events(self._read):
-                self._read += 1
-                self._take(Event(**told))
+            for event in self.search.events():
+                self._take(event)
         self._draw()
 
     def close(self) -> None:

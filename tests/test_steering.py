@@ -157,7 +157,7 @@ def test_from_the_panel(tmp_path: Path) -> None:
             shown.buttons["resume"].click()
 
     executor, found = start(tmp_path, act)
-    check(executor, found.result(120), tmp_path, "Python")
+    check(executor, found.result(120), tmp_path, "notebook panel")
     shown = panels[0]
     assert shown.table.value.count(">complete<") == 2
     shown.buttons["pause"].click()

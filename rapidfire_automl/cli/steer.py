@@ -5,7 +5,6 @@ Exit codes: 0 it has taken effect, 1 it was refused, 2 bad input or nobody liste
 
 from __future__ import annotations
 
-import socket
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
@@ -106,7 +105,7 @@ def _steer(
 ) -> None:
     terminal = Terminal()
     with terminal.session():
-        sent = send(Search(run, study=study, storage=storage, source=f"command line on {socket.gethostname()}"))
+        sent = send(Search(run, study=study, storage=storage, source="command line"))
         terminal.say(f"sent: {sent.command.describe()}")
         if not wait_s:
             return

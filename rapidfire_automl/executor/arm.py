@@ -40,6 +40,7 @@ class Arm:
         judged: Chunks on which there is a verdict.
         final: The verdict on the last of them, where an earlier process has ended it there.
         restored: What it goes on from, where an earlier process has begun it.
+        extensions: Steps at which it is to be extended as it was before, and where its chunks end then.
     """
 
     trial: optuna.Trial
@@ -63,6 +64,7 @@ class Arm:
     reported: int = 0
     final: Decision | None = None
     restored: Any = None
+    extensions: list[tuple[int, list[int]]] = field(default_factory=list)
     asked: int = 0
     span_start_s: float = 0.0
     baton_since_s: float = 0.0

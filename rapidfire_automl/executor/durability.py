@@ -68,6 +68,7 @@ class Unfinished:
         final: The last of them, if it is the trial's end.
         ruling: The last of them, if a person has paused the trial or wants it back.
         restored: What it goes on from.
+        extensions: Steps at which people have extended it, and where its chunks end since.
     """
 
     trial: optuna.Trial
@@ -76,6 +77,7 @@ class Unfinished:
     final: Decision | None
     ruling: Decision | None
     restored: Restored
+    extensions: list[tuple[int, list[int]]]
 
 
 class Durability:
@@ -93,6 +95,7 @@ class Durability:
         self._folder = folder
         self._tell = tell
         self._journal = Journal(folder)
+        self.past = self._journal.past
         self._writer = Writer(keep=_KEEP, on_written=self._written, on_trouble=self._trouble)
         self._on = False
         self.sampler_seed = 0
@@ -115,7 +118,7 @@ class Durability:
         Raises:
             SearchDiffers: There is a search to go on with, but of something else.
         """
-        past = self._journal.past
+        past = self.past
         mine = {**facts, "study": study.study_name}
         known = attempts.last_attempts(study)
         same = past.facts.get("study") == study.study_name and all(number in known for number in past.asked)
@@ -127,6 +130,8 @@ class Durability:
         self._on = True
         if not same:
             self._forget()
+        if not unfinished:
+            self.past = Past()
         self.sampler_seed = past.sampler_seed if unfinished else seed_of(study.sampler)
         self._journal.write("search", facts=mine, sampler_seed=self.sampler_seed)
         return past if unfinished else None
@@ -157,15 +162,22 @@ class Durability:
             shutil.rmtree(self._of(number, _ENDED), ignore_errors=True)
             self._journal.write("asked", trial=number)
 
-    def judged(self, verdicts: list[tuple[int, int, str, str]], *, by_hand: bool = False) -> None:
-        """A round is over, or a person has decided; the verdicts take effect after this."""
-        if self._on and by_hand:
-            self._journal.write("ruled", verdicts=verdicts)
-            failpoints.hit("command.ruled")
-        elif self._on:
+    def note(self, kind: str, **data: Any) -> None:
+        """Put something into the journal; it takes effect after this."""
+        if self._on:
+            self._journal.write(kind, **data)
+
+    def judged(self, verdicts: list[tuple[int, int, str, str]]) -> None:
+        """A round is over; the verdicts take effect after this."""
+        if self._on:
             failpoints.hit("round.judging")
             self._journal.write("round", verdicts=verdicts)
             failpoints.hit("round.judged")
+
+    @property
+    def folder(self) -> Path:
+        """Where the search's files go."""
+        return self._folder
 
     @property
     def is_on(self) -> bool:
@@ -298,7 +310,13 @@ class Durability:
         judged = past.judged.get(number, 0)
         _fill(record, trial, judged)
         return Unfinished(
-            trial, record, judged, past.final(number), past.ruling(number), Restored(found, attempts.attempt_of(trial))
+            trial,
+            record,
+            judged,
+            past.final(number),
+            past.ruling(number),
+            Restored(found, attempts.attempt_of(trial)),
+            past.extended.get(number, []),
         )
 
     def _newest(self, folder: Path) -> Snapshot | None:

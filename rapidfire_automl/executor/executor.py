@@ -39,6 +39,7 @@ from rapidfire_automl.executor.durability import Durability, check_same_trial, d
 from rapidfire_automl.executor.evaluation import Evaluator, Measured, Metric
 from rapidfire_automl.executor.explanation import explain
 from rapidfire_automl.executor.journal import SearchDiffers
+from rapidfire_automl.executor.keeping import Keeping
 from rapidfire_automl.executor.loading import ModelLike, load_base, load_tokenizer
 from rapidfire_automl.executor.loop import Loop
 from rapidfire_automl.executor.planner import plan_for
@@ -147,10 +148,11 @@ class RapidFireExecutor(Controls):
         self._output_dir = None if output_dir is None else Path(output_dir)
         self._durable = output_dir is not None if durable is None else durable
         self._durability: Durability | None = None
+        self._keeping = Keeping(None)
         self._listeners = list(listeners)
         self._records: dict[int, TrialRecord] = {}
         self._referee = rounds.Referee(self._records, chunks, slots, self._tell, cost, self._keep_verdicts)
-        self._commands = Commands(self._records, chunks, self._tell, self._end, self._keep_verdicts)
+        self._commands = Commands(self._records, chunks, self._tell, self._end)
         self._study: optuna.Study | None = None
         self._base: Base | None = None
         self._conductor: Conductor | None = None
@@ -277,6 +279,7 @@ class RapidFireExecutor(Controls):
         stored = not isinstance(study._storage, InMemoryStorage)  # a killed process takes the others with it
         if self._durable and stored and self._durability is None:
             self._durability = Durability(self._folder(0).parent.parent, self._tell)
+        self._keeping = Keeping(self._durability if stored else None)
         loop = Loop(study, self._arm, lambda arm: runner.run(arm, build), self._durability if stored else None)
         begun, left = self._take_up(study, n_trials, loop)
         source = Asking(study, left, loop.start, timeout_s, lambda asked: loop.seed(begun + asked))
@@ -295,6 +298,7 @@ class RapidFireExecutor(Controls):
             raise KeyboardInterrupt
         if self._durability is not None:
             self._durability.over()
+            self._keeping.over()
         ran = loop.numbers
         failed = [number for number in ran if self._records[number].state is TrialState.FAILED]
         if ran and len(failed) == len(ran) and not self._stopping:
@@ -397,6 +401,7 @@ class RapidFireExecutor(Controls):
                     lambda: self._durability is not None and self._durability.is_on,
                     self._save,
                     self._check_same,
+                    lambda: self._stopping,
                 )
                 logger.info("Plan: %s", plan.reason)
                 self._tell(
@@ -418,7 +423,7 @@ class RapidFireExecutor(Controls):
         conductor = self._conductor
         assert conductor is not None
         assert self._study is not None
-        self._commands.begin(self._study, source)
+        self._commands.begin(self._study, source, self._keeping)
 
         def body() -> None:
             home = TrialContext.capture()
@@ -458,7 +463,7 @@ class RapidFireExecutor(Controls):
             self._study = study
             if study.study_name != self._study_name:
                 if self._arrivals is not None:
-                    self._commands.begin(study, self._arrivals)
+                    self._commands.begin(study, self._arrivals, self._keeping)
                 self._study_name = study.study_name
                 self._records.clear()
                 self._referee.begin(study)
@@ -493,7 +498,7 @@ class RapidFireExecutor(Controls):
         for one in going:
             arm = self._arm(one.trial, one.record)
             arm.judged, arm.final, arm.restored = one.judged, one.final, one.restored
-            arm.trained, arm.ruling = one.restored.trained, one.ruling
+            arm.trained, arm.ruling, arm.extensions = one.restored.trained, one.ruling, one.extensions
             arm.step = arm.record.boundaries[arm.trained - 1] if arm.trained else 0
             arms.append(loop.launch(arm))
         self._conductor.adopt(arms)
@@ -502,9 +507,9 @@ class RapidFireExecutor(Controls):
         added = enqueueing.numbers_of_people(study)
         return len(past.asked), max(0, n_trials - sum(number not in added for number in past.asked))
 
-    def _keep_verdicts(self, verdicts: list[tuple[int, int, str, str]], *, by_hand: bool = False) -> None:
+    def _keep_verdicts(self, verdicts: list[tuple[int, int, str, str]]) -> None:
         if self._durability is not None:
-            self._durability.judged(verdicts, by_hand=by_hand)
+            self._durability.judged(verdicts)
 
     def _save(self, arm: Arm, trainer: Any, snapshot: Snapshot) -> None:
         if self._durability is not None:

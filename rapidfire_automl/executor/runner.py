@@ -64,6 +64,7 @@ class Runner:
         durable: Whether trials are to survive the process.
         save: Puts an arm's state on disk.
         check_same: Raises if an arm that goes on was begun as another trial.
+        cancelled: Whether somebody has ended the search and wants to keep what there is.
     """
 
     base: Base
@@ -81,6 +82,7 @@ class Runner:
     durable: Callable[[], bool] = lambda: False
     save: Callable[[Arm, Any, Any], None] = lambda arm, trainer, snapshot: None
     check_same: Callable[[Arm, Any], None] = lambda arm, trainer: None
+    cancelled: Callable[[], bool] = lambda: False
     _local: threading.local = field(default_factory=threading.local)
     _base_taken: bool = False
 
@@ -155,7 +157,15 @@ class Runner:
         if isinstance(model := getattr(trainer, "model", None), PeftModel) and not base.owns(model.get_base_model()):
             raise ValueError("The trainer's model did not come from this executor. Pass `model=executor.model(trial)`.")
         self.check_same(arm, trainer)
-        training.train(arm, trainer, self._host())
+        try:
+            training.train(arm, trainer, self._host())
+        except Leave:
+            if self.cancelled() and arm.step and isinstance(model, PeftModel):
+                try:
+                    self._save(arm, model)
+                except Exception as error:  # a full disk must not keep a search from ending
+                    logger.warning("The adapter of trial %d could not be saved: %s", arm.number, error)
+            raise
         verdict, reason = record.verdicts[-1][1:] if record.verdicts else ("", "")
         if record.boundaries and len(record.values) < len(record.boundaries):
             if verdict == Verdict.STOP:
@@ -169,9 +179,12 @@ class Runner:
         if not np.isfinite(vector).all():
             raise ValueError(f"the last value is {vector[0] if len(vector) == 1 else list(vector)}")
         assert isinstance(model, PeftModel)
+        self._save(arm, model)
+        return Outcome("complete", vector, reason)
+
+    def _save(self, arm: Arm, model: PeftModel) -> None:
         training.save(arm, model, self.folder(arm.number) / "adapter")
         arm.trial.set_user_attr("rapidfire:adapter", arm.record.adapter)
-        return Outcome("complete", vector, reason)
 
     def _mend_base(self, arm: Arm) -> None:
         """A trial wrote into the base: load it again, or end the search where that is not possible."""
