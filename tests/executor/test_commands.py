@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import optuna
 import pytest
 import torch
 from peft import LoraConfig
+from safetensors.torch import load_file
 
 from rapidfire_automl import RapidFireExecutor
 from rapidfire_automl.control import Sent
@@ -247,11 +249,23 @@ def test_commands_after_the_end_are_refused() -> None:
         done.executor.pause(0)
 
 
-def test_cancel_keeps_what_has_finished() -> None:
-    done, at = steer(lambda at: at.when("step", 1, lambda e: e.cancel(), step=1), LRS[:4], slots=1)
-    assert effects(at) == [("cancel", "applied")]
-    assert done.states() == ["COMPLETE", "FAIL", "WAITING", "WAITING"], "no further trial is asked for"
+def test_cancel_keeps_what_has_finished_and_the_adapters_of_the_rest(tmp_path: Path) -> None:
+    steps = Steps()
+    done, at = steer(
+        lambda at: at.when("step", 1, lambda e: e.pause(1), step=1).when("step", 2, lambda e: e.cancel(), step=3),
+        LRS[:4],
+        slots=1,
+        objective=steps.objective(),
+        output_dir=tmp_path,
+    )
+    assert effects(at) == [("pause", "applied"), ("cancel", "applied")]
+    assert done.states() == ["COMPLETE", "FAIL", "FAIL", "WAITING"], "no further trial is asked for"
     assert done.executor.cancelled
+    for number, step in ((1, 1), (2, 3)):  # paused, and in the middle of a chunk
+        folder = done.executor.records[number].adapter
+        assert folder == done.study.trials[number].user_attrs["rapidfire:adapter"]
+        saved = load_file(Path(str(folder)) / "adapter_model.safetensors")
+        assert sorted(x.sum().item() for x in saved.values()) == pytest.approx(steps.sums(number, step), abs=1e-6)
 
 
 def test_a_search_whose_last_trial_is_paused_by_hand_waits_for_it() -> None:
@@ -374,6 +388,11 @@ class Steps:
 
     def __init__(self) -> None:
         self.weights: dict[int, list[torch.Tensor]] = {}
+        self.shapes: list[int] = []
+
+    def sums(self, trial: int, step: int) -> list[float]:
+        """The sum of each of its tensors after a step, in order of size."""
+        return sorted(part.sum().item() for part in self.weights[trial][step].split(self.shapes))
 
     def objective(self, **more: Any) -> Callable[[RapidFireExecutor], Callable[[optuna.Trial], float]]:
         def make(executor: RapidFireExecutor) -> Callable[[optuna.Trial], float]:
@@ -382,6 +401,7 @@ class Steps:
                 kept = self.weights.setdefault(trial.number, [])
 
                 def keep(model: Any, **_: Any) -> None:
+                    self.shapes = [p.numel() for p in model.parameters() if p.requires_grad]
                     kept.append(
                         torch.cat([p.detach().flatten().clone() for p in model.parameters() if p.requires_grad])
                     )
