@@ -233,7 +233,7 @@ class Controls:
             trial: The source; it may have ended.
             warm_start: Begin with the source's adapter and optimizer state as they are now, or with its saved adapter
                 if it has ended. Schedule, data order and chunks begin anew, and every setting is the new trial's own.
-            set: Parameter -> value.
+            set: Parameter -> value; "/2" halves the source's, "*1.5" is half as much again.
         """
         return self._send(Command("clone", trial, {"set": dict(set or {}), "warm_start": warm_start}))
 

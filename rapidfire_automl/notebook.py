@@ -40,7 +40,7 @@ class Panel(Controls):
         self.table = ipywidgets.HTML()
         self.message = ipywidgets.HTML()
         self.trial = ipywidgets.Dropdown(options=[], description="Trial")
-        self.changes = ipywidgets.Text(description="Set", placeholder="learning_rate=1e-4, r=8")
+        self.changes = ipywidgets.Text(description="Set", placeholder="learning_rate=/2, r=8")
         self.warm_start = ipywidgets.Checkbox(value=True, description="warm start")
         self.chunks = ipywidgets.BoundedIntText(value=1, min=1, max=10_000, description="Chunks")
         self.policy = ipywidgets.Text(description="Policy", placeholder="asha; empty: none")

@@ -46,7 +46,8 @@ class Newcomers:
         if not source.params:
             raise Refused(f"trial {command.trial} has not begun: it has no configuration yet")
         who = f"trial {command.trial}"
-        changes, notes = enqueueing.fit(command.arguments["set"], source.distributions, who, strict=True)
+        given, known = command.arguments["set"], source.distributions
+        changes, notes = enqueueing.fit(given, known, who, strict=True, source=source.params)
         warm = self._inheritance(command.trial, source, changes) if command.arguments["warm_start"] else None
         attributes = {enqueueing.CLONE_ATTR: command.trial, enqueueing.WARM_ATTR: warm is not None}
         if warm is not None and warm.optimizer is None:
