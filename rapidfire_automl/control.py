@@ -43,6 +43,8 @@ OF_A_TRIAL = ("pause", "resume", "stop", "clone", "extend")
 """Verbs that name a trial; the others must not."""
 OWN_SOURCE = "Python"
 """The source of commands from the search's own process that say no other."""
+RULED = ("paused by ", "resumed by ", "stopped by ")
+"""What the reason of a person's verdict begins with; who it was follows."""
 LARGEST_BYTES = 64 * 1024
 """Of a command as JSON: enough for any configuration, too little to fill a disk with."""
 

@@ -147,6 +147,13 @@ def numbers_of_people(study: optuna.Study) -> set[int]:
     return {attempts.number_of(trial) for trial in trials if COMMAND_ATTR in trial.user_attrs}
 
 
+def origin(attributes: Mapping[str, Any]) -> dict[str, Any]:
+    """Where a trial that a person has added comes from, by its attributes, as events tell it; nothing of others."""
+    if CLONE_ATTR in attributes:
+        return {"clone_of": attributes[CLONE_ATTR], "warm_start": bool(attributes.get(WARM_ATTR))}
+    return {"added": True} if ADD_ATTR in attributes else {}
+
+
 def claim(study: optuna.Study, trial: FrozenTrial) -> optuna.Trial | None:
     """Ask for one particular queued trial, as `study.ask` asks for the first; None if somebody else has it.
 

@@ -15,7 +15,7 @@ from transformers.training_args import TrainingArguments
 
 from rapidfire_automl import failpoints
 from rapidfire_automl.chunks import chunk_boundaries, generation_boundaries
-from rapidfire_automl.executor import extending, seams, warmstart
+from rapidfire_automl.executor import enqueueing, extending, seams, warmstart
 from rapidfire_automl.executor.arm import Arm, Halt
 from rapidfire_automl.executor.checkpoints import Snapshot
 from rapidfire_automl.executor.context import generators_of_its_own
@@ -113,6 +113,7 @@ class ChunkCallback(TrainerCallback):
             max_steps=state.max_steps,
             boundaries=list(arm.record.boundaries),
             fused=arm.record.fused,
+            **enqueueing.origin(arm.trial.user_attrs),
             **({} if arm.restored is None else {"attempt": arm.restored.attempt}),
         )
         if host.measure_base():
