@@ -51,4 +51,7 @@ class Event:
     data: Mapping[str, Any] = field(default_factory=dict)
 
 
+ENDED_WITH_SEARCH = "the search was ended"
+"""The reason of a trial that failed only because somebody has ended the search."""
+
 Listener = Callable[[Event], None]

@@ -14,7 +14,7 @@ from rapidfire_automl.events import Event
 from rapidfire_automl.settings import toml_value
 from rapidfire_automl.steering import Search
 
-_COLORS = {"running": "#0a7", "paused": "#b80", "complete": "#073", "pruned": "#888", "failed": "#c00"}
+_COLORS = {"running": "#0a7", "paused": "#b80", "complete": "#073", "failed": "#c00"}
 
 
 class Panel(Controls):
@@ -166,7 +166,7 @@ def table(rows: Iterable[Row], chunks: int, *, best: Row | None) -> str:
         params = ", ".join(f"{name}={value}" for name, value in row.params.items())
         cells = [f"{row.number}{' ★' if row is best else ''}", params, f"{row.chunk}/{chunks}", number(row.value)]
         cells = [html.escape(cell) for cell in cells]
-        state = f'<span style="color:{_COLORS[row.state]}">{row.state}</span>'
+        state = f'<span style="color:{_COLORS.get(row.state, "#888")}">{row.state}</span>'
         lines.append(f"<tr><td>{'<td>'.join(cells)}<td>{state}<td>{html.escape(row.reason)}</tr>")
     return "".join(lines) + "</table>"
 

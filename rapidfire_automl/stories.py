@@ -15,7 +15,7 @@ from typing import Any
 
 from rapidfire_automl.control import RULED
 from rapidfire_automl.event_log import Line, Log, read_events
-from rapidfire_automl.events import Event
+from rapidfire_automl.events import ENDED_WITH_SEARCH, Event
 
 _BECAUSE = (
     (("not_finite",), "its value was {not_finite}"),
@@ -83,7 +83,6 @@ _NEEDED = (
 
 _PLACE = re.compile(r"(chunk|rung) \d+: ")
 """What a reason starts with; the sentence says it already."""
-_CANCELLED = "the search was ended"
 
 
 def why(trial: int, run_dir: str | os.PathLike[str]) -> str:
@@ -239,7 +238,7 @@ class Story:
         return f"{self._name} is complete {self._standing(search)}{place}."
 
     def _failed(self, search: Search) -> str:
-        if self.reason == _CANCELLED:
+        if self.reason == ENDED_WITH_SEARCH:
             by = f" by {_command(search.cancel)}" if search.cancel is not None else ""
             kept = f"; its adapter is in {self.adapter}" if self.adapter else ""
             head = f"{self._name} was ended with the search{by} {self._standing(search)}{kept}."

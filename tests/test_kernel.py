@@ -130,6 +130,6 @@ def test_pause_on_the_panel_clone_halve_the_learning_rate_warm_start_resume(brow
     assert {c["source"] for c in told} == {"notebook panel"}
     # A panel on the run folder, as from another notebook, shows how it ended.
     table, message, options = json.loads(browser.run(CELLS[3]))
-    assert table.count(">failed<") == 2
+    assert table.count(">cancelled<") == 2
     assert "runs no more: the search was cancelled" in message
     assert options == [0, 1]

@@ -15,6 +15,7 @@ import optuna
 from peft import PeftModel
 from transformers import PreTrainedModel
 
+from rapidfire_automl.events import ENDED_WITH_SEARCH
 from rapidfire_automl.executor import training
 from rapidfire_automl.executor.arm import Arm, Halt, Leave
 from rapidfire_automl.executor.base import Base, BaseChanged
@@ -101,7 +102,7 @@ class Runner:
         outcome = Outcome("failed")
         while not arm.go.wait(0.2):
             if conductor.cancelled and arm not in conductor.arms:
-                arm.record.state, arm.record.error = TrialState.FAILED, "the search was ended"
+                arm.record.state, arm.record.error = TrialState.FAILED, ENDED_WITH_SEARCH
                 return Outcome("cancelled", reason=arm.record.error)
         try:
             if conductor.cancelled:
@@ -110,7 +111,7 @@ class Runner:
             self._local.arm = arm
             outcome = self._train(arm, build)
         except Leave:
-            outcome = Outcome("cancelled", reason="the search was ended")
+            outcome = Outcome("cancelled", reason=ENDED_WITH_SEARCH)
             arm.record.error = outcome.reason
         except Halt as halt:
             outcome = Outcome("pruned", arm.record.last_vector, str(halt))
