@@ -21,8 +21,15 @@ Each race has one answer:
 | the policy's verdict about a trial paused by hand | none is asked for: to the policy it has stopped, its values stay |
 | the policy's verdict about a trial resumed by hand | none, until it has trained its next chunk |
 | a command sent to an earlier attempt of the search (before a restart) | refused as stale, unless it was applied |
+| the search is killed when a command has taken effect | it goes on with that; the command is not applied once more |
+| the search is killed before a cancel has ended it | run again, it goes on; the cancel is stale |
+| a trial that rolls out (GRPO, RLOO) | a stop takes it out after the next token, a pause waits for the rollout's end |
 | a command that arrives after the end | refused: the search has ended |
 | a command for a trial that trains in another process | left alone for that process |
+
+Who may steer is who may write where commands are read (`mailboxes`): there is no other lock, and no other need of one,
+since a command is data. It can't name code: a policy from outside is one of `rapidfire_policies`, or of a class the search
+was started with; only the search's own process may set any.
 """
 
 from __future__ import annotations
