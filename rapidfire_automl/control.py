@@ -1,6 +1,6 @@
 """Steering a search while it runs: one set of verbs, whoever speaks them. Torch-free.
 
-A `Command` is data: a verb, a trial, arguments. It reaches the search through a mailbox (`mailboxes.py`: memory, run
+A `Command` is data: a verb, a trial, arguments. It reaches the search through a mailbox (`mailboxes/`: memory, run
 folder, Optuna study), is applied once, at the next safe step boundary of the trial it is about, and is answered with an
 `Effect`. `Controls` are the verbs as methods: `RapidFireExecutor`, `Experiment`, `AutoML` and `Search` have them.
 
@@ -21,8 +21,15 @@ Each race has one answer:
 | the policy's verdict about a trial paused by hand | none is asked for: to the policy it has stopped, its values stay |
 | the policy's verdict about a trial resumed by hand | none, until it has trained its next chunk |
 | a command sent to an earlier attempt of the search (before a restart) | refused as stale, unless it was applied |
+| the search is killed when a command has taken effect | it goes on with that; the command is not applied once more |
+| the search is killed before a cancel has ended it | run again, it goes on; the cancel is stale |
+| a trial that rolls out (GRPO, RLOO) | a stop takes it out after the next token, a pause waits for the rollout's end |
 | a command that arrives after the end | refused: the search has ended |
 | a command for a trial that trains in another process | left alone for that process |
+
+Who may steer is who may write where commands are read (`mailboxes`): there is no other lock, and no other need of one,
+since a command is data. It can't name code: a policy from outside is one of `rapidfire_policies`, or of a class the
+search was started with; only the search's own process may set any.
 """
 
 from __future__ import annotations
@@ -41,6 +48,10 @@ from rapidfire_automl.hints import nearest
 VERBS = ("pause", "resume", "stop", "clone", "add", "extend", "set-policy", "cancel")
 OF_A_TRIAL = ("pause", "resume", "stop", "clone", "extend")
 """Verbs that name a trial; the others must not."""
+OWN_SOURCE = "Python"
+"""The source of commands from the search's own process that say no other."""
+RULED = ("paused by ", "resumed by ", "stopped by ")
+"""What the reason of a person's verdict begins with; who it was follows."""
 LARGEST_BYTES = 64 * 1024
 """Of a command as JSON: enough for any configuration, too little to fill a disk with."""
 
@@ -85,7 +96,7 @@ class Command:
     verb: str
     trial: int | None = None
     arguments: Mapping[str, Any] = field(default_factory=dict)
-    source: str = "Python"
+    source: str = OWN_SOURCE
     id: str = field(default_factory=lambda: new_id())
     when_s: float = field(default_factory=time.time)
     attempt: int | None = None
@@ -231,7 +242,7 @@ class Controls:
             trial: The source; it may have ended.
             warm_start: Begin with the source's adapter and optimizer state as they are now, or with its saved adapter
                 if it has ended. Schedule, data order and chunks begin anew, and every setting is the new trial's own.
-            set: Parameter -> value.
+            set: Parameter -> value; "/2" halves the source's, "*1.5" is half as much again.
         """
         return self._send(Command("clone", trial, {"set": dict(set or {}), "warm_start": warm_start}))
 
@@ -258,7 +269,10 @@ class Controls:
         return self._send(Command("set-policy", None, {"name": policy, "arguments": arguments}))
 
     def cancel(self) -> Sent:
-        """End the search at the next safe point; what has finished stays."""
+        """End the search at once; what has finished stays, and the adapters of trials under way are saved as they are.
+
+        The search is over by that: to leave off for a while, interrupt it, and run it again later.
+        """
         return self._send(Command("cancel"))
 
 

@@ -17,7 +17,8 @@ class Event:
       `n_trials`, `chunks` (of a whole trial), `slots`.
     - `plan`: `budget_tokens`, `trials_per_pass`, `reason`. The planner has chosen (again).
     - `base_evaluated`: `value`. The untrained base's value on the shared evaluation set.
-    - `trial_started`: `params`, `trainer` (class name), `max_steps`, `boundaries` (step of each chunk's end), `fused`.
+    - `trial_started`: `params`, `trainer` (class name), `max_steps`, `boundaries` (step of each chunk's end), `fused`;
+      of a trial that a person has added also `added`, or `clone_of` (a trial) and `warm_start`.
     - `step`: `step`, `max_steps`. An optimizer step is done.
     - `chunk_done`: `value` (as the user's metric gives it, sign not flipped), `seconds`, `tokens`, `generated` (0 for
       trials that don't generate); with several objectives `vector`, and `value` is its first.
@@ -25,7 +26,8 @@ class Event:
       (`rapidfire_policies.Decision.numbers`, values in the user's sign). Also for paused trials that resume.
     - `trial_ended`: `state` ("complete", "pruned", "failed"), `value`, `reason`, `adapter` (path or None).
     - `command`: `id`, `verb`, `of` (the trial it is about, or None), `arguments`, `source`, `sent_s` (seconds since
-      1970), `effect` ("applied" or "refused"), `text`. Somebody has stepped in; told when it has taken effect.
+      1970), `effect` ("applied" or "refused"), `text`. Somebody has stepped in; told when it has taken effect. `source`
+      says what, user, process, terminal and host; "Python" and "notebook panel" are the search's own process.
     - `trial_resumed`: `attempt`. A trial goes on after its process ended, from `chunk`.
     - `checkpoint`: `bytes`, `seconds`. The trial is on the disk as of `chunk`.
     - `checkpoint_damaged`: `reason`. It goes on from an older one.
@@ -54,5 +56,8 @@ class Event:
     chunk: int | None = None
     data: Mapping[str, Any] = field(default_factory=dict)
 
+
+ENDED_WITH_SEARCH = "the search was ended"
+"""The reason of a trial that failed only because somebody has ended the search."""
 
 Listener = Callable[[Event], None]

@@ -5,19 +5,20 @@ from __future__ import annotations
 import html
 import threading
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
 from typing import Any
 
 from rapidfire_automl.cli.view import LIVE, Row, SearchView, number
-from rapidfire_automl.control import ControlError, Controls, Sent
+from rapidfire_automl.control import Command, ControlError, Controls, Sent
 from rapidfire_automl.events import Event
 from rapidfire_automl.settings import toml_value
 from rapidfire_automl.steering import Search
 
-_COLORS = {"running": "#0a7", "paused": "#b80", "complete": "#073", "pruned": "#888", "failed": "#c00"}
+_COLORS = {"running": "#0a7", "paused": "#b80", "complete": "#073", "failed": "#c00"}
 
 
-class Panel:
-    """The widgets of a search; show it as a cell's last line.
+class Panel(Controls):
+    """The widgets of a search; show it as a cell's last line. Its buttons are its own verbs.
 
     Args:
         search: An executor, `Experiment`, `AutoML`, or `Search` of another process.
@@ -34,29 +35,26 @@ class Panel:
             raise ImportError("`panel` needs ipywidgets: pip install 'rapidfire_automl[notebook]'") from error
         self.search = search
         self._view = SearchView(0, getattr(search, "chunks", 1))
-        self._read = 0
         self._closed = threading.Event()
         self._sent: list[Sent] = []
         self.table = ipywidgets.HTML()
         self.message = ipywidgets.HTML()
         self.trial = ipywidgets.Dropdown(options=[], description="Trial")
-        self.changes = ipywidgets.Text(description="Set", placeholder="learning_rate=1e-4, r=8")
+        self.changes = ipywidgets.Text(description="Set", placeholder="learning_rate=/2, r=8")
         self.warm_start = ipywidgets.Checkbox(value=True, description="warm start")
         self.chunks = ipywidgets.BoundedIntText(value=1, min=1, max=10_000, description="Chunks")
         self.policy = ipywidgets.Text(description="Policy", placeholder="asha; empty: none")
         verbs: Mapping[str, Callable[[], Sent]] = {
-            "pause": lambda: self.search.pause(self._trial()),
-            "resume": lambda: self.search.resume(self._trial()),
-            "stop": lambda: Controls.stop(self.search, self._trial()),
-            "clone": lambda: self.search.clone(
+            "pause": lambda: self.pause(self._trial()),
+            "resume": lambda: self.resume(self._trial()),
+            "stop": lambda: self.stop(self._trial()),
+            "clone": lambda: self.clone(
                 self._trial(), set=_values(self.changes.value), warm_start=self.warm_start.value
             ),
-            "add": lambda: self.search.add(_values(self.changes.value)),
-            "extend": lambda: self.search.extend(self._trial(), self.chunks.value),
-            "set-policy": lambda: self.search.set_policy(
-                self.policy.value.strip() or None, **_values(self.changes.value)
-            ),
-            "cancel": lambda: self.search.cancel(),
+            "add": lambda: self.add(_values(self.changes.value)),
+            "extend": lambda: self.extend(self._trial(), self.chunks.value),
+            "set-policy": lambda: self.set_policy(self.policy.value.strip() or None, **_values(self.changes.value)),
+            "cancel": lambda: self.cancel(),
         }
         self.buttons = {verb: ipywidgets.Button(description=verb) for verb in verbs}
         for verb, button in self.buttons.items():
@@ -84,12 +82,14 @@ class Panel:
 
         display(self.widget)
 
+    def _send(self, command: Command) -> Sent:
+        return self.search._send(replace(command, source="notebook panel"))
+
     def refresh(self) -> None:
         """Show what has happened by now."""
         if isinstance(self.search, Search):
-            for told in self.search.events(self._read):
-                self._read += 1
-                self._take(Event(**told))
+            for event in self.search.events():
+                self._take(event)
         self._draw()
 
     def close(self) -> None:
@@ -166,7 +166,7 @@ def table(rows: Iterable[Row], chunks: int, *, best: Row | None) -> str:
         params = ", ".join(f"{name}={value}" for name, value in row.params.items())
         cells = [f"{row.number}{' ★' if row is best else ''}", params, f"{row.chunk}/{chunks}", number(row.value)]
         cells = [html.escape(cell) for cell in cells]
-        state = f'<span style="color:{_COLORS[row.state]}">{row.state}</span>'
+        state = f'<span style="color:{_COLORS.get(row.state, "#888")}">{row.state}</span>'
         lines.append(f"<tr><td>{'<td>'.join(cells)}<td>{state}<td>{html.escape(row.reason)}</tr>")
     return "".join(lines) + "</table>"
 

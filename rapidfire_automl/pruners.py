@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 import inspect
 import sys
@@ -103,6 +104,28 @@ def policy_from_name(name: str, **arguments: object) -> Policy:
     ValueError: `policy` must be one of asha, ... or "package.module:Class", got 'ahsa'. Did you mean `asha`?
     """
     return _from_name(name, arguments, "policy")
+
+
+def name_of_policy(policy: Policy) -> tuple[str, dict[str, object]]:
+    """The name and hyperparameters from which `policy_from_name` builds a policy.
+
+    Raises:
+        ValueError: It, or one that it wraps, is none of rapidfire_policies.
+
+    >>> name_of_policy(policy_from_name("cost_aware", policy="asha"))[0]
+    'costaware'
+    """
+    names = [name for name, cls in policy_names().items() if cls is type(policy)]
+    if not names or not dataclasses.is_dataclass(policy):
+        raise ValueError(f"{type(policy).__name__} is no policy of rapidfire_policies.")
+    arguments: dict[str, object] = {}
+    for field in dataclasses.fields(policy):
+        value = getattr(policy, field.name)
+        if isinstance(value, Policy):
+            name, inner = name_of_policy(value)
+            value = {"name": name, **inner}
+        arguments[field.name] = value
+    return names[0], arguments
 
 
 def policy_from_outside(name: str, known: Iterable[type], arguments: Mapping[str, object]) -> Policy:

@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from optuna.study import StudyDirection
 
+from rapidfire_automl.event_log import FILE, WORKERS, EventLog
 from rapidfire_automl.events import Event, Listener
-from rapidfire_automl.journal import FILE, WORKERS, Journal
 from rapidfire_automl.jsonable import dumps, jsonable
 from rapidfire_automl.mailboxes import FolderMailbox
 from rapidfire_automl.patience import StorageAway
@@ -191,9 +191,9 @@ def run_search(
     if shared:
         folder = run_dir / WORKERS / executor.worker.name  # type: ignore[attr-defined]
         folder.mkdir(parents=True, exist_ok=True)
-    with Journal(folder / FILE, [*([tracker] if tracker else []), *listeners]) as journal:
-        journal(_started(executor, study, n_trials))
-        executor.add_listener(journal)
+    with EventLog(folder / FILE, [*([tracker] if tracker else []), *listeners]) as log:
+        log(_started(executor, study, n_trials))
+        executor.add_listener(log)
         if hasattr(executor, "add_mailbox") and not shared:
             executor.add_mailbox(FolderMailbox(run_dir))
         with executor if own else nullcontext():
@@ -204,10 +204,10 @@ def run_search(
                 status = "interrupted"
                 raise
             finally:
-                journal(Event("search_ended", journal.elapsed_s, data={"status": status}))
+                log(Event("search_ended", log.elapsed_s, data={"status": status}))
                 records = {n: r for n, r in sorted(executor.records.items()) if n not in before}
-                result = _result(executor, records, journal, run_dir, status, maximize, facts or {})
-                _write(result, executor, records, journal.chunk_ends_s)
+                result = _result(executor, records, log, run_dir, status, maximize, facts or {})
+                _write(result, executor, records, log.chunk_ends_s)
                 if tracker is not None:
                     tracker.finish(result.summary)
     if status == "interrupted":
@@ -271,7 +271,7 @@ def best_trial(records: Mapping[int, TrialRecord], *, maximize: bool) -> int | N
 def _result(
     executor: Executor,
     records: Mapping[int, TrialRecord],
-    journal: Journal,
+    log: EventLog,
     run_dir: Path,
     status: str,
     maximize: bool,
@@ -285,7 +285,7 @@ def _result(
         len(r.values) if r.state is TrialState.FAILED else max(executor.chunks, len(r.boundaries))
         for r in records.values()
     )
-    wall_s = journal.elapsed_s
+    wall_s = log.elapsed_s
     generating = generates(records)
     summary = {
         "status": status,
@@ -296,7 +296,7 @@ def _result(
         "base_value": executor.base_value,
         "direction": "maximize" if maximize else "minimize",
         "values": {n: r.values for n, r in records.items()},
-        "first_verdict_s": journal.first_verdict_s,
+        "first_verdict_s": log.first_verdict_s,
         "chunks_used": used,
         "chunks_if_all_ran": full,
         "wall_s": wall_s,
@@ -317,7 +317,7 @@ def _result(
         values={n: list(r.values) for n, r in records.items()},
         chunks_used=used,
         chunks_if_all_ran=full,
-        first_verdict_s=journal.first_verdict_s,
+        first_verdict_s=log.first_verdict_s,
         wall_s=wall_s,
         run_dir=run_dir,
         summary=jsonable({**summary, **{name: fact for name, fact in facts.items() if name not in summary}}),

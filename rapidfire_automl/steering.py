@@ -3,21 +3,36 @@
 from __future__ import annotations
 
 import contextlib
-import json
+import getpass
 import os
 import socket
 import threading
 from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rapidfire_automl.control import Command, ControlError, Controls, Sent
+from rapidfire_automl.control import OWN_SOURCE, Command, ControlError, Controls, Sent
+from rapidfire_automl.event_log import Follower
+from rapidfire_automl.events import Event
 from rapidfire_automl.mailboxes import FolderMailbox, StudyMailbox
 
 if TYPE_CHECKING:
     import optuna
+
+
+def sender(what: str) -> str:
+    """Who sends from this process, in words: `command line, alice, process 4242 on pts/3 of host`."""
+    try:
+        user = getpass.getuser()
+    except (OSError, KeyError, ImportError):  # a user without a name, as in a container
+        user = f"user {os.getuid()}" if hasattr(os, "getuid") else "unknown user"
+    terminal = ""
+    for stream in (0, 1, 2):
+        with contextlib.suppress(OSError, AttributeError):
+            terminal = f" on {os.ttyname(stream).removeprefix('/dev/')}"
+            break
+    return f"{what}, {user}, process {os.getpid()}{terminal} of {socket.gethostname()}"[:200]
 
 
 class Search(Controls):
@@ -27,7 +42,8 @@ class Search(Controls):
         run_dir: Its run folder.
         study: Or its study: a name with `storage`, or the study itself.
         storage: URL of the study's storage.
-        source: What the search's log says of where commands come from.
+        source: What commands come from, like "Python"; the search's log says of each also which user, terminal, process
+            and host.
 
     Raises:
         ControlError: Neither or both are given, or there is no such folder or study.
@@ -43,8 +59,8 @@ class Search(Controls):
     ) -> None:
         if (run_dir is None) == (study is None):
             raise ControlError("Name the run folder of the search, or its study and storage; not both.")
-        self.run_dir = None if run_dir is None else Path(run_dir)
-        self.source = source or f"Python, process {os.getpid()} on {socket.gethostname()}"
+        self.source = source or "Python"
+        self._follower = None if run_dir is None else Follower(run_dir)
         self._mailbox: FolderMailbox | StudyMailbox
         if run_dir is not None:
             self._mailbox = FolderMailbox(run_dir)
@@ -56,18 +72,12 @@ class Search(Controls):
             self._mailbox = StudyMailbox(_load_study(study, storage))
 
     def _send(self, command: Command) -> Sent:
-        return self._mailbox.send(replace(command, source=self.source))
+        what = self.source if command.source == OWN_SOURCE else command.source
+        return self._mailbox.send(replace(command, source=sender(what)))
 
-    def events(self, skip: int = 0) -> list[dict[str, Any]]:
-        """What has happened so far, from the run folder's `events.jsonl`, without the first `skip`."""
-        if self.run_dir is None:
-            return []
-        found = []
-        with contextlib.suppress(OSError), (self.run_dir / "events.jsonl").open(encoding="utf-8") as lines:
-            for number, line in enumerate(lines):
-                if number >= skip and line.endswith("\n"):  # the last line may be half written
-                    found.append(json.loads(line))
-        return found
+    def events(self) -> list[Event]:
+        """What has happened since the last call, or since the search began, from the run folder's `events.jsonl`."""
+        return [] if self._follower is None else self._follower.read()
 
 
 def in_background(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Future[Any]:

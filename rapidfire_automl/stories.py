@@ -13,8 +13,9 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from rapidfire_automl.events import Event
-from rapidfire_automl.journal import Line, Log, read_events
+from rapidfire_automl.control import RULED
+from rapidfire_automl.event_log import Line, Log, read_events
+from rapidfire_automl.events import ENDED_WITH_SEARCH, Event
 
 _BECAUSE = (
     (("not_finite",), "its value was {not_finite}"),
@@ -82,7 +83,6 @@ _NEEDED = (
 
 _PLACE = re.compile(r"(chunk|rung) \d+: ")
 """What a reason starts with; the sentence says it already."""
-_CANCELLED = "the search was ended"
 
 
 def why(trial: int, run_dir: str | os.PathLike[str]) -> str:
@@ -124,6 +124,7 @@ class Search:
         self.chunks: int | None = None
         self.maximize = False
         self.cancel: Event | None = None
+        self._commands: set[object] = set()
         self._study: object = None
         self._status: str | None = None
         self._time = ""
@@ -132,6 +133,10 @@ class Search:
     def take(self, line: Line) -> None:
         """Take a line in; they come in the order of the file."""
         event, self._time = line.event, line.time or self._time
+        if event.kind == "command" and (name := event.data.get("id")) is not None:
+            if name in self._commands:  # told again after a kill
+                return
+            self._commands.add(name)
         if event.kind == "search_started":
             self._start(event.data)
             self._workers.add(line.worker)
@@ -170,7 +175,12 @@ class Story:
     worker: str = ""
     verdict: Event | None = None
     command: Event | None = None
+    ruling: str = ""
     reason: str = ""
+    origin: str = ""
+    chunks: int = 0
+    extended: int = 0
+    adapter: str = ""
 
     def take(self, event: Event, worker: str = "") -> None:
         """Take an event of this trial in; one from a worker whose trial others have taken over does not count."""
@@ -180,14 +190,23 @@ class Story:
         if event.kind in ("trial_started", "trial_resumed"):
             self.worker = worker
             self.state, self.reason = "running", ""
+            self.chunks = max(self.chunks, len(data.get("boundaries") or ()))
+            self.origin = _origin(data) or self.origin
             self.attempt = data["attempt"] if isinstance(data.get("attempt"), int) else self.attempt
         elif event.kind == "chunk_done":
             self.state = "running"
             self.chunk = self.chunk + 1 if event.chunk is None else event.chunk
             self.values[self.chunk] = data.get("value")
         elif event.kind == "verdict":
-            self.verdict, self.command = event, None
+            reason = str(data.get("reason") or "")
+            by_hand = not data.get("by") and reason.startswith(RULED)
+            self.command, self.ruling = None, reason if by_hand else ""
+            self.verdict = self.verdict if by_hand else event
             self.state = "paused" if data.get("verdict") == "pause" else "running"
+        elif event.kind == "command" and data.get("effect") == "applied" and data.get("verb") == "extend":
+            more = (data.get("arguments") or {}).get("chunks")
+            if isinstance(more, int):
+                self.extended, self.chunks = self.extended + more, self.chunks + more
         elif (
             event.kind == "command"
             and data.get("effect") != "refused"
@@ -196,7 +215,7 @@ class Story:
         ):
             self.command, self.state = event, _STATES_AFTER[data["verb"]] or self.state
         elif event.kind == "trial_ended":
-            self.state = str(data.get("state"))
+            self.state, self.adapter = str(data.get("state")), str(data.get("adapter") or "")
             lines = str(data.get("reason") or "").strip().splitlines()
             self.reason = lines[-1].rstrip(".") if lines else ""
 
@@ -207,35 +226,46 @@ class Story:
         return told if self.attempt < 2 else f"{told} This is its attempt {self.attempt}: it has been resumed."
 
     def _pruned(self, search: Search) -> str:
-        head, said = f"Trial {self.number} was stopped", self._said
+        head, said = f"{self._name} was stopped", self._said
         if self.command is not None:
             return f"{head} by {_command(self.command)} {self._standing(search)}.{self._last_verdict()}"
+        if self.ruling:
+            return f"{self._name} was {self.ruling} {self._standing(search)}.{self._last_verdict()}"
         if said.get("verdict") != "stop":
-            return f"Trial {self.number} was pruned by its own code {self._standing(search)}: {self.reason}."
+            return f"{self._name} was pruned by its own code {self._standing(search)}: {self.reason}."
         return self._judged(head, search, "it needed")
 
     def _complete(self, search: Search) -> str:
         if self._said.get("by"):
-            return self._judged(f"Trial {self.number} was ended as complete", search, "to train on it needed")
+            return self._judged(f"{self._name} was ended as complete", search, "to train on it needed")
         ends = [(_float(s.values.get(s.chunk)), s.number) for s in search.stories.values() if s.state == "complete"]
         order = sorted((-end if search.maximize else end, number) for end, number in ends if math.isfinite(end))
         places = {number: place for place, (_, number) in enumerate(order, start=1)}
         place = f", {_ordinal(places[self.number])} of {len(places)} complete trials" if self.number in places else ""
-        return f"Trial {self.number} is complete {self._standing(search)}{place}."
+        return f"{self._name} is complete {self._standing(search)}{place}."
 
     def _failed(self, search: Search) -> str:
-        if self.reason == _CANCELLED:
+        if self.reason == ENDED_WITH_SEARCH:
             by = f" by {_command(search.cancel)}" if search.cancel is not None else ""
-            return f"Trial {self.number} was ended with the search{by} {self._standing(search)}.{self._last_verdict()}"
-        return f"Trial {self.number} failed {self._standing(search)}: {self.reason or 'no reason recorded'}."
+            kept = f"; its adapter is in {self.adapter}" if self.adapter else ""
+            head = f"{self._name} was ended with the search{by} {self._standing(search)}{kept}."
+            return head + self._last_verdict()
+        memory = "it did not fit into memory, even alone: " if "OutOfMemory" in self.reason else ""
+        return f"{self._name} failed {self._standing(search)}: {memory}{self.reason or 'no reason recorded'}."
 
     def _alive(self, search: Search) -> str:
-        head = f"Trial {self.number} was {self.state} {search.when()}"
+        head = f"{self._name} was {self.state} {search.when()}"
         if self.command is not None:
             return f"{head}, {self._standing(search)}; {_command(self.command)} did that."
+        if self.ruling:
+            return f"{head}, {self._standing(search)}; it was {self.ruling}."
         if self.state == "paused":
             return self._judged(head, search, "to go on it needs")
         return f"{head}, {self._standing(search)}.{self._last_verdict()}"
+
+    @property
+    def _name(self) -> str:
+        return f"Trial {self.number}" + (f", {self.origin}," if self.origin else "")
 
     def _judged(self, head: str, search: Search, needs: str) -> str:
         by, reason = self._said.get("by"), str(self._said.get("reason") or "no reason recorded")
@@ -290,6 +320,8 @@ class Story:
         return f"after chunk {self.chunk}{self._of(search)}" + (f" at {_text(value)}" if value is not None else "")
 
     def _of(self, search: Search) -> str:
+        if self.extended:
+            return f" of {self.chunks} (extended by {self.extended})"
         return f" of {search.chunks}" if search.chunks else ""
 
     def _last_verdict(self) -> str:
@@ -302,6 +334,13 @@ class Story:
 
 _STATES_AFTER = {"stop": "", "cancel": "", "pause": "paused", "resume": "running"}
 """The state that a command's verb leads to; the end of a trial is an event of its own."""
+
+
+def _origin(about: Mapping[str, Any]) -> str:
+    """How a trial that a person has added came about; "" of others."""
+    if "clone_of" not in about:
+        return "added by hand" if about.get("added") else ""
+    return f"a {'warm ' if about.get('warm_start') else ''}clone of trial {about['clone_of']}"
 
 
 def _first(lines: Iterable[tuple[tuple[str, ...], str]], words: Mapping[str, str]) -> str:

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import getpass
 import json
 import os
+import re
+import socket
+import stat
 import subprocess
 import sys
 import threading
@@ -100,18 +104,6 @@ def check(executor: RapidFireExecutor, result: SearchResult, run_dir: Path, sour
 
 
 def test_from_python(tmp_path: Path) -> None:
-    def act(executor: RapidFireExecutor, event: Event) -> None:
-        if event.kind == "step" and event.trial == 0 and event.data["step"] == 13:
-            executor.pause(0)
-            executor.clone(0, set={"learning_rate": RATE / 2}, warm_start=True)
-        if event.kind == "chunk_done" and event.trial == 1 and event.chunk == 1:
-            executor.resume(0)
-
-    executor, found = start(tmp_path, act)
-    check(executor, found.result(120), tmp_path, "Python")
-
-
-def test_from_another_thread_that_waits_for_the_effects(tmp_path: Path) -> None:
     """The search gives the word at step 13; what comes then is a person's pace."""
     at_13, reached, go_on = threading.Event(), [], threading.Event()
 
@@ -136,40 +128,6 @@ def test_from_another_thread_that_waits_for_the_effects(tmp_path: Path) -> None:
     check(executor, found.result(120), tmp_path, "Python")
 
 
-def test_from_the_panel(tmp_path: Path) -> None:
-    pytest.importorskip("ipywidgets", reason="the notebook's panel needs ipywidgets")
-    from rapidfire_automl import Search, panel
-
-    panels: list[Any] = []
-
-    def act(executor: RapidFireExecutor, event: Event) -> None:
-        if not panels:
-            panels.append(panel(executor))
-        shown = panels[0]
-        if event.kind == "step" and event.trial == 0 and event.data["step"] == 13:
-            assert shown.trial.value == 0
-            shown.buttons["pause"].click()
-            assert "sent: pause 0" in shown.message.value
-            shown.changes.value = f"learning_rate={RATE / 2}"
-            shown.buttons["clone"].click()
-        if event.kind == "chunk_done" and event.trial == 1 and event.chunk == 1:
-            assert ">paused<" in shown.table.value
-            shown.buttons["resume"].click()
-
-    executor, found = start(tmp_path, act)
-    check(executor, found.result(120), tmp_path, "Python")
-    shown = panels[0]
-    assert shown.table.value.count(">complete<") == 2
-    shown.buttons["pause"].click()
-    assert "the search has ended" in shown.message.value
-    other = panel(Search(tmp_path), every_s=0)
-    other.refresh()
-    assert other.table.value.count(">complete<") == 2
-    assert list(other.trial.options) == [0, 1]
-    other.buttons["stop"].click()
-    assert "runs no more: the search has ended" in other.message.value
-
-
 SEARCH = """
 base = "{model}"
 trainer = "sft"
@@ -190,7 +148,7 @@ target_modules = "all-linear"
 learning_rate = {{ low = 1.9e-3, high = 2e-3, log = true }}
 [search]
 n_trials = 1
-slots = 2
+slots = 3
 chunks = 1024
 policy = "nop"
 storage = "study.db"
@@ -205,67 +163,157 @@ ENVIRONMENT = {
 }
 
 
-@pytest.mark.parametrize("way", ["folder", "study"])
-def test_from_the_command_line(tmp_path: Path, way: str) -> None:
+def say(folder: Path, *words: str) -> tuple[int, str]:
+    """What another terminal says, and what it is answered."""
+    command = [sys.executable, "-m", "rapidfire_automl.cli", *words]
+    done = subprocess.run(
+        command, capture_output=True, text=True, env=ENVIRONMENT, cwd=folder, timeout=120, check=False
+    )
+    return done.returncode, done.stdout + done.stderr
+
+
+FOLDER, STUDY = ("--wait", "60"), ("--study", "steered", "--storage", "sqlite:///study.db", "--wait", "60")
+
+
+def test_from_other_terminals(tmp_path: Path) -> None:
     """A trial that would train for long, on a few sums over and over; each command waits for its effect."""
     sums(16, seed=3).repeat(64).to_json(tmp_path / "train.jsonl")
     sums(16, seed=3).to_json(tmp_path / "eval.jsonl")
     (tmp_path / "search.toml").write_text(SEARCH.format(model=MODEL))
-    run_dir = tmp_path / "out"
-    where = ["--run", str(run_dir)] if way == "folder" else ["--study", "steered", "--storage", "sqlite:///study.db"]
-
-    def say(*words: str) -> tuple[int, str]:
-        command = [sys.executable, "-m", "rapidfire_automl.cli", *words, *where, "--wait", "60"]
-        done = subprocess.run(
-            command, capture_output=True, text=True, env=ENVIRONMENT, cwd=tmp_path, timeout=120, check=False
-        )
-        return done.returncode, done.stdout + done.stderr
-
+    run_dir = tmp_path / "runs" / "search"
     search = subprocess.Popen(
         [sys.executable, "-m", "rapidfire_automl.cli", "run", "search.toml", "--out", str(run_dir), "--quiet"],
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=ENVIRONMENT, cwd=tmp_path,
     )  # fmt: skip
     try:
         wait_for(search, run_dir, lambda told: any(e["kind"] == "chunk_done" and e["chunk"] == 3 for e in told))
-        code, words = say("pause", "0")
-        assert code == 0, words
-        assert "sent: pause 0\napplied: paused, at step" in words
-        code, words = say("clone", "0", "--set", "learning_rate=1e-3", "--warm-start")
-        assert code == 0, words
-        assert "applied: trial 1 is next in line for a slot" in words
-        wait_for(search, run_dir, lambda told: any(e["kind"] == "chunk_done" and e["trial"] == 1 for e in told))
-        assert say("pause", "0") == (1, "sent: pause 0\nrefused: trial 0 is paused by hand already\n")
-        code, words = say("resume", "0")
-        assert code == 0, words
-        assert say("stop", "7")[0] == 1
-        assert say("set-policy", "os:system")[0] == 1
-        assert say("cancel") == (0, "sent: cancel\napplied: the search ends now; what has finished stays\n")
+        sequence(search, tmp_path, run_dir)
+        refusals(tmp_path)
+        raced(tmp_path, run_dir)
+        assert say(tmp_path, "cancel", *FOLDER)[1].endswith(CANCELLED)
         assert search.wait(60) == 0
     finally:
         search.kill()
     told = commands(run_dir)
-    assert [(c["verb"], c["of"], c["effect"]) for c in told] == [
-        ("pause", 0, "applied"),
-        ("clone", 0, "applied"),
-        ("pause", 0, "refused"),
-        ("resume", 0, "applied"),
-        ("stop", 7, "refused"),
-        ("set-policy", None, "refused"),
-        ("cancel", None, "applied"),
-    ]
-    assert all("command line on" in c["source"] for c in told)
+    user, host = getpass.getuser(), socket.gethostname()
+    assert all(re.fullmatch(rf"(command line|Python), {user}, process \d+.* of {host}", c["source"]) for c in told)
     summary = json.loads((run_dir / "summary.json").read_text())
     assert summary["status"] == "cancelled"
     source, clone = summary["trials"]
-    assert clone["params"] == {"learning_rate": 1e-3}
+    assert clone["params"]["learning_rate"] == source["params"]["learning_rate"] / 2
+    assert Path(source["adapter"], "adapter_model.safetensors").is_file(), "cancelled, but what it has learnt is kept"
     events = [json.loads(line) for line in (run_dir / "events.jsonl").read_text().splitlines()]
     cloned = next(i for i, e in enumerate(events) if e["kind"] == "command" and e["data"]["verb"] == "clone")
     done = sum(e["kind"] == "chunk_done" for e in events[:cloned])
     before, after, untrained = source["values"][done - 1], clone["values"][0], summary["base_value"]
     assert abs(after - before) < 0.5 * abs(untrained - before), "it begins where its source is"
-    code, words = say("pause", "0")
+    code, words = say(tmp_path, "pause", "0", *FOLDER)
     assert code == 2
     assert "runs no more: the search was cancelled" in words
+    assert stat.S_IMODE((run_dir / "commands").stat().st_mode) == 0o700
+
+
+CANCELLED = (
+    "sent: cancel\napplied: the search ends now; what has finished stays, and so do the adapters of trials under way\n"
+)
+
+
+def sequence(search: subprocess.Popen[str], folder: Path, run_dir: Path) -> None:
+    """Pause, clone, halve the learning rate, warm-start, resume; through the run folder and through the study."""
+    code, words = say(folder, "pause", "0", *FOLDER)
+    assert code == 0, words
+    assert "run folder: runs/search\nsent: pause 0\napplied: paused, at step" in words
+    code, words = say(folder, "clone", "0", "--set", "learning_rate=/2", "--warm-start", *STUDY)
+    assert code == 0, words
+    assert "applied: trial 1 is next in line for a slot" in words
+    wait_for(search, run_dir, lambda told: any(e["kind"] == "chunk_done" and e["trial"] == 1 for e in told))
+    code, words = say(folder, "resume", "0", *STUDY)
+    assert code == 0, words
+    assert "applied: goes on, at step" in words
+
+
+def refusals(folder: Path) -> None:
+    """What can't be is said, and the exit code says so."""
+    for verb, why in (
+        (("resume", "0"), "trial 0 is training"),
+        (("stop", "7"), "trial 7 is unknown: there are 0 to 1"),
+        (("set-policy", "os:system"), "would import code"),
+    ):
+        code, words = say(folder, *verb, *FOLDER)
+        assert code == 1
+        assert f"refused: {why}" in words or why in words
+
+
+RACER = """
+import json, random, sys
+from rapidfire_automl import Search
+from rapidfire_automl.control import Command
+how, seed = sys.argv[1:]
+search = Search("runs/search") if how == "folder" else Search(study="steered", storage="sqlite:///study.db")
+draw, sent = random.Random(seed), []
+print("ready", flush=True)
+sys.stdin.readline()
+for k in range(5):
+    for verb in draw.sample(["pause", "resume", "pause", "resume"], 4):
+        sent.append(search._send(Command(verb, 1)))
+    verb = draw.choice(["pause", "resume"])
+    sent.append(search._send(Command(verb, 1, id=f"both-{k}")))
+sent.append(search.stop(1))
+sent.append(search._send(Command("stop", 1, id="both-stop")))
+sent.append(search.resume(1))
+effects = [one.wait(60) for one in sent]
+print(json.dumps([[one.command.id, effect.state, effect.text] for one, effect in zip(sent, effects)]))
+"""
+
+
+def raced(folder: Path, run_dir: Path) -> None:
+    """Two terminals want different things of trial 1 at once, some by the same ids, one through the run folder and one
+    through the study: each command is applied once or refused with its reason, as if they had come one after another."""
+    racers = [
+        subprocess.Popen(
+            [sys.executable, "-c", RACER, how, seed],
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=ENVIRONMENT, cwd=folder,
+        )
+        for how, seed in (("folder", "a"), ("study", "b"))
+    ]  # fmt: skip
+    for racer in racers:
+        assert racer.stdout is not None and racer.stdout.readline() == "ready\n"
+    for racer in racers:
+        assert racer.stdin is not None
+        racer.stdin.write("go\n")
+        racer.stdin.flush()
+    heard = [json.loads(racer.communicate(timeout=120)[0]) for racer in racers]
+    answers = [{name: effect for name, *effect in one} for one in heard]
+    told = [c for c in commands(run_dir) if c["id"] in answers[0].keys() | answers[1].keys()]
+    assert len(told) == len({c["id"] for c in told}) == 2 * 28 - 6, "each once, doubled ids too"
+    for name in answers[0].keys() & answers[1].keys():
+        assert answers[0][name] == answers[1][name], "one effect, and both hear of it"
+    logged = {c["id"]: [c["effect"], c["text"]] for c in told}
+    assert all(logged[name] == effect for answer in answers for name, effect in answer.items())
+    check_race(told)
+
+
+def check_race(told: list[dict[str, Any]]) -> None:
+    """The log of commands to one trial, in its order, is one that `control.py` allows."""
+    paused = stopping = False
+    assert [c["effect"] for c in told if c["verb"] == "stop"].count("applied") == 1
+    for command in told:
+        verb, applied, text = command["verb"], command["effect"] == "applied", command["text"]
+        stop_waits = text in ("trial 1 is being stopped", "a stop came before it took effect")
+        stopping = stopping or stop_waits or verb == "stop"
+        if stopping:  # the stop itself is logged when it takes effect
+            assert applied == text.startswith("stopped, ")
+            assert applied or stop_waits or text == "trial 1 was stopped"
+        elif text == "withdrawn by a resume before it took effect":
+            assert verb == "pause" and applied and not paused
+        elif verb == "pause":
+            assert applied or text == "trial 1 is paused by hand already"
+            assert not (applied and paused)
+            paused = paused or applied
+        else:
+            assert text.startswith(("goes on", "trains on") if applied else ("trial 1 is training", "trial 1 has been"))
+            paused = paused and not applied
+    assert stopping
 
 
 def wait_for(search: subprocess.Popen[str], run_dir: Path, seen: Callable[[list[dict[str, Any]]], bool]) -> None:

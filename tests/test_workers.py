@@ -12,8 +12,8 @@ from optuna.trial import TrialState
 
 from rapidfire_automl import attempts, workers
 from rapidfire_automl.cli.view import SearchView
+from rapidfire_automl.event_log import read_events
 from rapidfire_automl.events import Event
-from rapidfire_automl.journal import read_events
 from rapidfire_automl.storages import open_storage
 from rapidfire_automl.stories import why
 from tests.executor.forking import Forked

@@ -14,10 +14,11 @@ from rich.text import Text
 
 from rapidfire_automl.cli.view import LIVE, Row, SearchView, against, clock, number
 from rapidfire_automl.drawing import amount, short_param
-from rapidfire_automl.events import Event, Listener
+from rapidfire_automl.events import ENDED_WITH_SEARCH, Event, Listener
 
 _VERDICT_STYLE = {"continue": "green", "pause": "yellow", "stop": "red", "complete": "bold green"}
-_STATE_STYLE = {"running": "cyan", "paused": "yellow", "complete": "bold green", "pruned": "dim", "failed": "red"}
+_STATE_STYLE = {"running": "cyan", "paused": "yellow", "complete": "bold green", "failed": "red"}
+"""Of the others: dim."""
 _STATE_NAME = {"pruned": "stopped"}
 _OF_WORKERS = ("elsewhere", "storage_away", "storage_back", "trial_orphaned", "trial_lost")
 _COSTS = ("generated", "trained", "seconds")
@@ -89,10 +90,16 @@ class PlainLines:
             yield f"{chunk}, {data['verdict']}{reason}{self._progress()}"
         elif event.kind == "trial_ended":
             yield from self._flush(trial)
-            if data["state"] == "failed":
-                yield f"trial {trial} failed: {data.get('reason', '')}"
-            elif data["state"] == "complete":
-                yield f"trial {trial} is complete: {number(data.get('value'))}"
+            yield from self._end(event)
+
+    def _end(self, event: Event) -> Iterable[str]:
+        data, trial = event.data, event.trial
+        if data.get("reason") == ENDED_WITH_SEARCH:
+            yield f"trial {trial} ended with the search"
+        elif data["state"] == "failed":
+            yield f"trial {trial} failed: {data.get('reason', '')}"
+        elif data["state"] == "complete":
+            yield f"trial {trial} is complete: {number(data.get('value'))}"
 
     def _of_workers(self, event: Event) -> Iterable[str]:
         """Of other workers' trials, and of the storage where they meet."""
@@ -207,7 +214,7 @@ def table(view: SearchView, rows: Iterable[Row]) -> Table:
             Text(number(row.value), style=_value_style(row, view, is_best=is_best)),
             *(Text(text, style=fade) for text in (_costs(row) if view.generates else ())),
             *((Text(row.worker or "this one", style="dim"),) if shared else ()),
-            Text(_STATE_NAME.get(row.state, row.state), style=_STATE_STYLE[row.state]),
+            Text(_STATE_NAME.get(row.state, row.state), style=_STATE_STYLE.get(row.state, "dim")),
             verdict,
         )
     return grid
@@ -218,7 +225,8 @@ def bar(row: Row, chunks: int, width: int = 10) -> Text:
     eighths = round(row.progress / chunks * width * 8)
     full, rest = divmod(min(eighths, width * 8), 8)
     drawn = "█" * full + (_EIGHTHS[rest] if rest else "")
-    style = {"pruned": "bright_black", "failed": "red", "paused": "yellow"}.get(row.state, "green")
+    colors = {"running": "green", "complete": "green", "failed": "red", "paused": "yellow"}
+    style = colors.get(row.state, "bright_black")
     return Text.assemble((drawn.ljust(width), f"{style} on grey15"), f" {row.chunk:>{len(str(chunks))}}/{chunks}")
 
 

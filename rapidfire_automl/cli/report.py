@@ -12,12 +12,14 @@ from rich.text import Text
 
 from rapidfire_automl.cli.view import against, clock, number
 from rapidfire_automl.drawing import amount, short_param
+from rapidfire_automl.events import ENDED_WITH_SEARCH
 from rapidfire_automl.search import SearchResult
 
 _STATES = {
     "complete": "complete",
     "stopped": "stopped early",
     "failed": "failed",
+    "cancelled": "ended with the search",
     "paused": "paused",
     "running": "cut short",
 }
@@ -49,9 +51,20 @@ def show_result(result: SearchResult, console: Console, *, rankings: bool = True
         if result.best_adapter is not None:
             line("Adapter", _short(result.best_adapter))
     line("Cost", cost(result))
-    states = [str(trial["state"]) for trial in result.summary["trials"]]
+    states = [
+        "cancelled" if trial["error"] == ENDED_WITH_SEARCH else str(trial["state"])
+        for trial in result.summary["trials"]
+    ]
     line("Trials", ", ".join(f"{states.count(s)} {name}" for s, name in _STATES.items() if states.count(s)) or "none")
-    for trial in [t for t in result.summary["trials"] if t["state"] == "failed"][:3]:
+    kept = [
+        Path(trial["adapter"])
+        for trial, state in zip(result.summary["trials"], states, strict=True)
+        if state == "cancelled" and trial["adapter"]
+    ]
+    if kept:
+        line("", f"their adapters are kept, like {_short(kept[0])}")
+    failed = [trial for trial, state in zip(result.summary["trials"], states, strict=True) if state == "failed"]
+    for trial in failed[:3]:
         line(
             "",
             f"trial {trial['number']} failed: {(trial['error'] or 'no reason recorded').strip().splitlines()[-1]}",

@@ -5,7 +5,6 @@ Exit codes: 0 it has taken effect, 1 it was refused, 2 bad input or nobody liste
 
 from __future__ import annotations
 
-import socket
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
@@ -13,6 +12,7 @@ from typing import Annotated, Any
 import typer
 
 from rapidfire_automl.cli.terminal import FAILED, Terminal
+from rapidfire_automl.cli.why import newest_run
 from rapidfire_automl.control import ControlError, Sent
 from rapidfire_automl.settings import toml_value
 from rapidfire_automl.steering import Search
@@ -20,13 +20,18 @@ from rapidfire_automl.steering import Search
 NO_ANSWER = 3
 
 Trial = Annotated[int, typer.Argument(help="Number of the trial.", min=0)]
-Run = Annotated[Path | None, typer.Option("--run", help="The search's run folder.")]
+Run = Annotated[
+    Path | None,
+    typer.Option("--run", "-r", metavar="DIR", help="The run folder; by default this folder or the newest in runs/."),
+]
 Study = Annotated[str | None, typer.Option("--study", help="Or its study; then with --storage.")]
 Storage = Annotated[str | None, typer.Option("--storage", help="URL of the study's storage.")]
 Wait = Annotated[float, typer.Option("--wait", help="Seconds to wait for the effect; 0 sends only.", min=0)]
 Set = Annotated[
     list[str] | None,
-    typer.Option("--set", "-s", metavar="KEY=VALUE", help="A value, as TOML, like learning_rate=1e-4."),
+    typer.Option(
+        "--set", "-s", metavar="KEY=VALUE", help="A value, as TOML, like learning_rate=1e-4; for a clone also =/2."
+    ),
 ]
 WAIT_S = 10.0
 
@@ -106,7 +111,10 @@ def _steer(
 ) -> None:
     terminal = Terminal()
     with terminal.session():
-        sent = send(Search(run, study=study, storage=storage, source=f"command line on {socket.gethostname()}"))
+        if run is None and study is None:
+            run = newest_run(Path())
+            terminal.say(f"run folder: {run}")
+        sent = send(Search(run, study=study, storage=storage, source="command line"))
         terminal.say(f"sent: {sent.command.describe()}")
         if not wait_s:
             return

@@ -9,9 +9,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from rapidfire_automl.events import Event
+from rapidfire_automl.events import ENDED_WITH_SEARCH, Event
 
-State = Literal["running", "paused", "complete", "pruned", "failed"]
+State = Literal["running", "paused", "complete", "pruned", "cancelled", "failed"]
 LIVE: tuple[State, ...] = ("running", "paused")
 
 
@@ -115,7 +115,7 @@ class SearchView:
             if row.state in LIVE:
                 row.state = "paused" if row.verdict == "pause" else "running"
         elif event.kind == "trial_ended":
-            row.state = data["state"]
+            row.state = "cancelled" if data.get("reason") == ENDED_WITH_SEARCH else data["state"]
             if data.get("reason"):
                 row.reason = str(data["reason"])
         elif event.kind == "command":

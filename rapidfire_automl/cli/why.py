@@ -9,7 +9,7 @@ import typer
 
 from rapidfire_automl.cli.run import Debug
 from rapidfire_automl.cli.terminal import Terminal
-from rapidfire_automl.journal import FILE, WORKERS, Log, read_events
+from rapidfire_automl.event_log import FILE, WORKERS, Log, read_events
 from rapidfire_automl.settings import SettingsError
 from rapidfire_automl.stories import explain
 

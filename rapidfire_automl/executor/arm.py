@@ -40,6 +40,7 @@ class Arm:
         judged: Chunks on which there is a verdict.
         final: The verdict on the last of them, where an earlier process has ended it there.
         restored: What it goes on from, where an earlier process has begun it.
+        extensions: Steps at which it is to be extended as it was before, and where its chunks end then.
         attempt: Which attempt at the trial this is, from 1.
         lost: Whether other workers have taken it over: nothing it says counts any more.
     """
@@ -65,6 +66,7 @@ class Arm:
     reported: int = 0
     final: Decision | None = None
     restored: Any = None
+    extensions: list[tuple[int, list[int]]] = field(default_factory=list)
     attempt: int = 1
     lost: bool = False
     asked: int = 0

@@ -91,7 +91,7 @@ class Conductor:
         self._tell = tell
         self._clock = clock
         self._commands = commands
-        commands.conductor = self
+        commands.attach(self)
         self._arms: list[Arm] = []
         self._idle = threading.Event()
         self._cancelled = False
@@ -345,11 +345,14 @@ class Conductor:
         if not waiting:
             return []
         assert self.multiplexer is not None
-        return self.rolling.serve(self.multiplexer, waiting, self.plan, self._fewer_rows, lambda: self._cancelled)
+        return self.rolling.serve(
+            self.multiplexer, waiting, self.plan, self._fewer_rows, lambda: self._cancelled, self._commands.listen
+        )
 
     def _wait_for(self, done: threading.Event) -> bool:
         """Wait until it is set, or until cancelled; returns whether it is set."""
         while not done.wait(0.1):
+            self._commands.listen()
             if self._cancelled:
                 return False
         return True

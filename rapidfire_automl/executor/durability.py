@@ -70,6 +70,7 @@ class Unfinished:
         final: The last of them, if it is the trial's end.
         ruling: The last of them, if a person has paused the trial or wants it back.
         restored: What it goes on from.
+        extensions: Steps at which people have extended it, and where its chunks end since.
     """
 
     trial: optuna.Trial
@@ -78,6 +79,7 @@ class Unfinished:
     final: Decision | None
     ruling: Decision | None
     restored: Restored
+    extensions: list[tuple[int, list[int]]]
 
     def arm_of(self, make: Callable[..., Arm]) -> Arm:
         """An arm that stands where the trial does.
@@ -87,7 +89,7 @@ class Unfinished:
         """
         arm = make(self.trial, self.record)
         arm.judged, arm.final, arm.restored = self.judged, self.final, self.restored
-        arm.trained, arm.ruling = self.restored.trained, self.ruling
+        arm.trained, arm.ruling, arm.extensions = self.restored.trained, self.ruling, self.extensions
         arm.step = arm.record.boundaries[arm.trained - 1] if arm.trained else 0
         return arm
 
@@ -106,6 +108,7 @@ class Durability:
         self._folder = folder
         self._tell = tell
         self._journal = journal
+        self.past = journal.past if isinstance(journal, Journal) else Past()
         self._writer = Writer(keep=_KEEP, on_written=self._written, on_trouble=self._trouble)
         self._on = False
         self.sampler_seed = 0
@@ -129,7 +132,7 @@ class Durability:
             SearchDiffers: There is a search to go on with, but of something else.
         """
         assert isinstance(self._journal, Journal)
-        past = self._journal.past
+        past = self.past
         mine = {**facts, "study": study.study_name}
         known = attempts.last_attempts(study)
         same = past.facts.get("study") == study.study_name and all(number in known for number in past.asked)
@@ -141,6 +144,8 @@ class Durability:
         self._on = True
         if not same:
             self._forget()
+        if not unfinished:
+            self.past = Past()
         self.sampler_seed = past.sampler_seed if unfinished else seed_of(study.sampler)
         self._journal.write("search", facts=mine, sampler_seed=self.sampler_seed)
         return past if unfinished else None
@@ -193,22 +198,31 @@ class Durability:
             self._forget_trial(self._of(number))
             self._journal.write("asked", trial=number)
 
-    def judged(self, verdicts: list[tuple[int, int, str, str]], *, by_hand: bool = False) -> frozenset[int]:
-        """A round is over, or a person has decided; the verdicts take effect after this.
+    def note(self, kind: str, **data: Any) -> frozenset[int]:
+        """Put something into the journal; it takes effect after this.
 
         Returns:
             The numbers of the trials that others have taken over: what was decided of them is void.
         """
+        return self._journal.write(kind, **data) if self._on else frozenset()
+
+    def judged(self, verdicts: list[tuple[int, int, str, str]]) -> frozenset[int]:
+        """A round is over; the verdicts take effect after this.
+
+        Returns:
+            As `note`.
+        """
         if not self._on:
             return frozenset()
-        if by_hand:
-            lost = self._journal.write("ruled", verdicts=verdicts)
-            failpoints.hit("command.ruled")
-        else:
-            failpoints.hit("round.judging")
-            lost = self._journal.write("round", verdicts=verdicts)
-            failpoints.hit("round.judged")
+        failpoints.hit("round.judging")
+        lost = self.note("round", verdicts=verdicts)
+        failpoints.hit("round.judged")
         return lost
+
+    @property
+    def folder(self) -> Path:
+        """Where the search's files go."""
+        return self._folder
 
     @property
     def is_on(self) -> bool:
@@ -372,7 +386,13 @@ class Durability:
         judged = past.judged.get(number, 0)
         _fill(record, trial, judged)
         return Unfinished(
-            trial, record, judged, past.final(number), past.ruling(number), Restored(found, attempts.attempt_of(trial))
+            trial,
+            record,
+            judged,
+            past.final(number),
+            past.ruling(number),
+            Restored(found, attempts.attempt_of(trial)),
+            past.extended.get(number, []),
         )
 
     def _last(self, number: int, attempt: int) -> Snapshot | None:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, TypeGuard
 
 import optuna
 from optuna.distributions import BaseDistribution, CategoricalDistribution, IntDistribution
@@ -32,7 +33,12 @@ _SHAPES = (
 
 
 def fit(
-    changes: Mapping[str, Any], known: Mapping[str, BaseDistribution], who: str, *, strict: bool
+    changes: Mapping[str, Any],
+    known: Mapping[str, BaseDistribution],
+    who: str,
+    *,
+    strict: bool,
+    source: Mapping[str, Any] | None = None,
 ) -> tuple[dict[str, Any], list[str]]:
     """Values as the study's parameters have them.
 
@@ -41,6 +47,7 @@ def fit(
         known: The parameters.
         who: Has these parameters, for errors.
         strict: Whether other names are errors.
+        source: Parameters that a value like "/2" or "*1.5" changes by that factor.
 
     Returns:
         The values, and notes on those outside the search space.
@@ -60,6 +67,9 @@ def fit(
                 raise ControlError(f"`{given}` is no parameter of {who}; it has {', '.join(known)}.{hint}")
             fitted[name] = value
             continue
+        before = None if source is None else source.get(name)
+        if isinstance(value, str) and _is_number(before):
+            value = before * factor if (factor := _factor(value)) else value
         fitted[name] = _value(name, value, known[name])
         if not known[name]._contains(known[name].to_internal_repr(fitted[name])):
             low, high = getattr(known[name], "low", None), getattr(known[name], "high", None)
@@ -74,7 +84,7 @@ def _value(name: str, value: Any, distribution: BaseDistribution) -> Any:
             if (choice == value and type(choice) is type(value)) or str(choice) == spelt:
                 return choice
         raise ControlError(f"`{name}` must be one of {', '.join(map(str, distribution.choices))}, got {value!r}.")
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
+    if not _is_number(value):
         quotes = " Write it without quotes." if isinstance(value, str) else ""
         raise ControlError(f"`{name}` must be a number, got {value!r}.{quotes}")
     if isinstance(distribution, IntDistribution):
@@ -82,6 +92,20 @@ def _value(name: str, value: Any, distribution: BaseDistribution) -> Any:
             raise ControlError(f"`{name}` must be a whole number, got {value}.")
         return int(value)
     return float(value)
+
+
+def _factor(text: str) -> float | None:
+    """What "/2" or "*1.5" multiplies by; None of anything else."""
+    sign, number = text.strip()[:1], text.strip()[1:]
+    try:
+        factor = float(number) if sign == "*" else 1.0 / float(number) if sign == "/" else 0.0
+    except (ValueError, ZeroDivisionError):
+        return None
+    return factor if math.isfinite(factor) and factor > 0 else None
+
+
+def _is_number(value: Any) -> TypeGuard[float]:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
 def check_warm(source: int, params: Mapping[str, Any], changes: Mapping[str, Any]) -> None:
@@ -127,6 +151,13 @@ def numbers_of_people(study: optuna.Study) -> set[int]:
     """The numbers of the trials that people have added."""
     trials = study.get_trials(deepcopy=False)
     return {attempts.number_of(trial) for trial in trials if COMMAND_ATTR in trial.user_attrs}
+
+
+def origin(attributes: Mapping[str, Any]) -> dict[str, Any]:
+    """Where a trial that a person has added comes from, by its attributes, as events tell it; nothing of others."""
+    if CLONE_ATTR in attributes:
+        return {"clone_of": attributes[CLONE_ATTR], "warm_start": bool(attributes.get(WARM_ATTR))}
+    return {"added": True} if ADD_ATTR in attributes else {}
 
 
 def claim(study: optuna.Study, trial: FrozenTrial) -> optuna.Trial | None:

@@ -41,6 +41,7 @@ from rapidfire_automl.executor.durability import Durability, check_same_trial, d
 from rapidfire_automl.executor.evaluation import Evaluator, Measured, Metric
 from rapidfire_automl.executor.explanation import explain
 from rapidfire_automl.executor.journal import Journal, SearchDiffers
+from rapidfire_automl.executor.keeping import Keeping
 from rapidfire_automl.executor.ledger import Ledger
 from rapidfire_automl.executor.loading import ModelLike, load_base, load_tokenizer
 from rapidfire_automl.executor.loop import Loop
@@ -155,6 +156,7 @@ class RapidFireExecutor(Controls):
         self._output_dir = None if output_dir is None else Path(output_dir)
         self._durable = output_dir is not None if durable is None else durable
         self._durability: Durability | None = None
+        self._keeping = Keeping(None)
         self._storage_patience_s = storage_patience_s
         self._storage: PatientStorage | None = None
         self._crew: Crew | None = None
@@ -163,7 +165,7 @@ class RapidFireExecutor(Controls):
         self._referee = rounds.Referee(
             self._records, chunks, slots, self._tell, cost, self._keep_verdicts, self._look_at_peers, self._share
         )
-        self._commands = Commands(self._records, chunks, self._tell, self._end, self._keep_verdicts)
+        self._commands = Commands(self._records, chunks, self._tell, self._end)
         self._study: optuna.Study | None = None
         self._base: Base | None = None
         self._conductor: Conductor | None = None
@@ -284,6 +286,7 @@ class RapidFireExecutor(Controls):
         if self._durable and stored and self._durability is None:
             folder = self._folder(0).parent.parent
             self._durability = Durability(folder, self._tell, Journal(folder))
+        self._keeping = Keeping(self._durability if stored else None)
         loop = Loop(study, self._arm, run, self._durability if stored else None)
         begun, left = self._take_up(study, n_trials, loop)
         source = Asking(study, left, loop.start, timeout_s, lambda asked: loop.seed(begun + asked))
@@ -292,6 +295,7 @@ class RapidFireExecutor(Controls):
         self._search(source, loop.retire)
         if self._durability is not None:
             self._durability.over()
+            self._keeping.over()
         self._raise_if_all_failed(loop.numbers)
 
     def work(
@@ -333,6 +337,7 @@ class RapidFireExecutor(Controls):
             workers.fill(study, n_trials)
         crew = self._crew = Crew(study, self.worker, self._records, self._folder, self._tell, self._cancelled_elsewhere)
         self._durability = Durability(self._output_dir, self._tell, Ledger(study))
+        self._keeping = Keeping(self._durability)
         loop = Loop(study, self._arm, run, self._durability, crew, lambda: not self._stopping)
         try:
             self._durability.join(self._facts(study))
@@ -389,6 +394,7 @@ class RapidFireExecutor(Controls):
             self._durability.close()
             self._durability = None
         self._exit.close()
+        self._commands.detach()
         self._base = self._conductor = self._runner = self._arrivals = self._thread = None
         gc.unfreeze()
         give_back()
@@ -451,6 +457,7 @@ class RapidFireExecutor(Controls):
                     lambda: self._durability is not None and self._durability.is_on,
                     self._save,
                     self._check_same,
+                    lambda: self._stopping,
                 )
                 logger.info("Plan: %s", plan.reason)
                 self._tell(
@@ -472,7 +479,7 @@ class RapidFireExecutor(Controls):
         conductor = self._conductor
         assert conductor is not None
         assert self._study is not None
-        self._commands.begin(self._study, source)
+        self._commands.begin(self._study, source, self._keeping)
 
         def body() -> None:
             home = TrialContext.capture()
@@ -514,7 +521,7 @@ class RapidFireExecutor(Controls):
             self._study = study
             if study.study_name != self._study_name:
                 if self._arrivals is not None:
-                    self._commands.begin(study, self._arrivals)
+                    self._commands.begin(study, self._arrivals, self._keeping)
                 self._study_name = study.study_name
                 self._records.clear()
                 self._referee.begin(study)
@@ -610,10 +617,10 @@ class RapidFireExecutor(Controls):
         added = enqueueing.numbers_of_people(study)
         return len(past.asked), max(0, n_trials - sum(number not in added for number in past.asked))
 
-    def _keep_verdicts(self, verdicts: list[tuple[int, int, str, str]], *, by_hand: bool = False) -> None:
+    def _keep_verdicts(self, verdicts: list[tuple[int, int, str, str]]) -> None:
         if self._durability is None:
             return
-        lost = self._durability.judged(verdicts, by_hand=by_hand)
+        lost = self._durability.judged(verdicts)
         for arm in self._conductor.arms if self._conductor is not None and lost else ():
             arm.lost = arm.lost or arm.number in lost
 

@@ -49,6 +49,10 @@ class Past:
         rounds: Rounds that were closed.
         over: Whether the search has come to its end.
         sampler_seed: What proposals are drawn from.
+        commands: What people's commands have come to, by id.
+        extended: Per trial, at which step it was extended, and where its chunks end since.
+        policy: Name and arguments of the policy that a person has put in the place of the study's; the name is None
+            where nobody judges.
     """
 
     facts: dict[str, Any] = field(default_factory=dict)
@@ -60,6 +64,9 @@ class Past:
     rounds: int = 0
     over: bool = False
     sampler_seed: int = 0
+    commands: dict[str, str] = field(default_factory=dict)
+    extended: dict[int, list[tuple[int, list[int]]]] = field(default_factory=dict)
+    policy: tuple[str | None, dict[str, Any]] | None = None
 
     def is_paused(self, number: int) -> bool:
         """Whether a trial was paused and has not trained since."""
@@ -154,8 +161,14 @@ def read(path: Path) -> Past:
                     (past.by_hand.add if kind == "ruled" else past.by_hand.discard)(number)
         elif kind == "ended":
             past.ended[entry["trial"]] = dict(entry)
+        elif kind == "extended":
+            past.extended.setdefault(entry["trial"], []).append((entry["step"], list(entry["boundaries"])))
+        elif kind == "policy":
+            past.policy = (entry["name"], dict(entry["arguments"]))
         elif kind == "over":
-            past.over = True
+            past.over, past.policy = True, None
+        if "command" in entry:
+            past.commands[entry["command"]] = entry["text"]
     return past
 
 

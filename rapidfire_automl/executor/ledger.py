@@ -87,6 +87,11 @@ class Ledger:
                     lost.add(number)
         elif kind == "ended" and not self._put(data["trial"], {"ended": dict(data)}):
             lost.add(data["trial"])
+        elif kind == "extended":
+            number = data["trial"]
+            more = [*self._pages[number].get("extended", ()), [data["step"], data["boundaries"]]]
+            if not self._put(number, {"extended": more}):
+                lost.add(number)
         return frozenset(lost)
 
     def _put(self, number: int, changed: Mapping[str, Any]) -> bool:
@@ -110,6 +115,8 @@ def past_of(number: int, page: Mapping[str, Any]) -> Past:
         past.verdicts[number] = verdicts
     if "judged" in page:
         past.judged[number] = int(page["judged"])
+    if page.get("extended"):
+        past.extended[number] = [(int(step), list(boundaries)) for step, boundaries in page["extended"]]
     if page.get("by_hand"):
         past.by_hand.add(number)
     if page.get("ended"):

@@ -32,6 +32,7 @@ class Rolling:
         plan: Plan,
         fewer: Callable[[int], Plan],
         cancelled: Callable[[], bool],
+        leaving: Callable[[Sequence[Arm]], list[Arm]] = lambda arms: [],
     ) -> list[Arm]:
         """Roll out; in smaller batches where it does not fit.
 
@@ -41,13 +42,14 @@ class Rolling:
             plan: How many rows go together.
             fewer: Called with the rows of a rollout that did not fit; returns the plan to go on with.
             cancelled: Whether to leave off.
+            leaving: Called between tokens with those that roll out; those it returns leave, with the answer they have.
 
         Returns:
             The arms that have their answer, in trial order.
         """
         served: list[Arm] = []
         for group in _groups(waiting, plan):
-            served += self._run(multiplexer, group, fewer, cancelled)
+            served += self._run(multiplexer, group, fewer, cancelled, leaving)
         return sorted(served, key=lambda arm: arm.number)
 
     def _run(
@@ -56,15 +58,21 @@ class Rolling:
         arms: Sequence[Arm],
         fewer: Callable[[int], Plan],
         cancelled: Callable[[], bool],
+        leaving: Callable[[Sequence[Arm]], list[Arm]],
     ) -> list[Arm]:
         decoding: Decoding | None = None
         done: list[Rollout] = []
+        left: list[Arm] = []
         try:
             decoding = Decoding(multiplexer, [(arm, arm.request) for arm in arms], self.counts)
             while decoding.rollouts:
                 if cancelled():
                     return []
                 done += decoding.advance()
+                rolling = [rollout.member for rollout in decoding.rollouts]
+                if gone := leaving([arm for arm in rolling if isinstance(arm, Arm)]):
+                    decoding.drop(gone)
+                    left += gone
         except Exception as error:
             if is_out_of_memory(error):
                 fewer(sum(arm.request.rows for arm in arms))
@@ -78,13 +86,12 @@ class Rolling:
                 error,
             )
             # A trial that was done has its generator back; the others' have drawn nothing that counts.
-            finished = {id(rollout.member) for rollout in done}
-            left = [arm for arm in arms if id(arm) not in finished]
-            size = max(1, len(left) // 2) if is_out_of_memory(error) else 1
-            groups = [left[start : start + size] for start in range(0, len(left), size)]
-            again = [arm for group in groups for arm in self._run(multiplexer, group, fewer, cancelled)]
-            return [self._answered(rollout) for rollout in done] + again
-        return [self._answered(rollout) for rollout in done]
+            finished = {id(rollout.member) for rollout in done} | {id(arm) for arm in left}
+            again = [arm for arm in arms if id(arm) not in finished]
+            size = max(1, len(again) // 2) if is_out_of_memory(error) else 1
+            for start in range(0, len(again), size):
+                left += self._run(multiplexer, again[start : start + size], fewer, cancelled, leaving)
+        return [self._answered(rollout) for rollout in done] + left
 
     def _answered(self, rollout: Rollout) -> Arm:
         arm = rollout.member

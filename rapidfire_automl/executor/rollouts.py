@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -189,6 +189,26 @@ class Decoding:
             self.counts.steps += 1
             self.counts.row_steps += len(tokens)
         return done
+
+    @torch.no_grad()
+    def drop(self, members: Collection[Member]) -> None:
+        """Have trials leave with what they have; the others' next tokens are as if they had stayed."""
+        start, keep = 0, []
+        for rollout in self.rollouts:
+            rows = range(start, start := start + rollout.present)
+            if any(rollout.member is member for member in members):
+                rollout.member.put_generator(rollout.generator)
+            else:
+                keep += list(rows)
+        self.rollouts = [r for r in self.rollouts if not any(r.member is member for member in members)]
+        if not self.rollouts:
+            return
+        index = torch.tensor(keep, device=self._device)
+        self._keep_rows(index)
+        self._logits, self._next = self._logits[index], self._next[index]
+        if self._mask is not None:
+            self._mask = self._mask[index]
+        self._joint = self._stack()
 
     def _choose(self) -> list[Tensor]:
         """Every rollout's next tokens; one that fails keeps its error and is done."""

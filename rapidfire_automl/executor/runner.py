@@ -15,6 +15,7 @@ import optuna
 from peft import PeftModel
 from transformers import PreTrainedModel
 
+from rapidfire_automl.events import ENDED_WITH_SEARCH
 from rapidfire_automl.executor import training
 from rapidfire_automl.executor.arm import Arm, Halt, Leave
 from rapidfire_automl.executor.base import Base, BaseChanged
@@ -67,6 +68,7 @@ class Runner:
         durable: Whether trials are to survive the process.
         save: Puts an arm's state on disk.
         check_same: Raises if an arm that goes on was begun as another trial.
+        cancelled: Whether somebody has ended the search and wants to keep what there is.
     """
 
     base: Base
@@ -85,6 +87,7 @@ class Runner:
     durable: Callable[[], bool] = lambda: False
     save: Callable[[Arm, Any, Any], None] = lambda arm, trainer, snapshot: None
     check_same: Callable[[Arm, Any], None] = lambda arm, trainer: None
+    cancelled: Callable[[], bool] = lambda: False
     _local: threading.local = field(default_factory=threading.local)
     _base_taken: bool = False
 
@@ -103,7 +106,7 @@ class Runner:
         outcome = Outcome("failed")
         while not arm.go.wait(0.2):
             if conductor.cancelled and arm not in conductor.arms:
-                arm.record.state, arm.record.error = TrialState.FAILED, "the search was ended"
+                arm.record.state, arm.record.error = TrialState.FAILED, ENDED_WITH_SEARCH
                 return Outcome("cancelled", reason=arm.record.error)
         try:
             if conductor.cancelled:
@@ -112,7 +115,7 @@ class Runner:
             self._local.arm = arm
             outcome = self._train(arm, build)
         except Leave:
-            outcome = Outcome("cancelled", reason="the search was ended")
+            outcome = Outcome("cancelled", reason=ENDED_WITH_SEARCH)
             arm.record.error = outcome.reason
         except Halt as halt:
             outcome = Outcome("pruned", arm.record.last_vector, str(halt))
@@ -179,7 +182,15 @@ class Runner:
         if isinstance(model := getattr(trainer, "model", None), PeftModel) and not base.owns(model.get_base_model()):
             raise ValueError("The trainer's model did not come from this executor. Pass `model=executor.model(trial)`.")
         self.check_same(arm, trainer)
-        training.train(arm, trainer, self._host())
+        try:
+            training.train(arm, trainer, self._host())
+        except Leave:
+            if self.cancelled() and arm.step and isinstance(model, PeftModel):
+                try:
+                    self._save(arm, model)
+                except Exception as error:  # a full disk must not keep a search from ending
+                    logger.warning("The adapter of trial %d could not be saved: %s", arm.number, error)
+            raise
         verdict, reason = record.verdicts[-1][1:] if record.verdicts else ("", "")
         if record.boundaries and len(record.values) < len(record.boundaries):
             if verdict == Verdict.STOP:
@@ -193,9 +204,12 @@ class Runner:
         if not np.isfinite(vector).all():
             raise ValueError(f"the last value is {vector[0] if len(vector) == 1 else list(vector)}")
         assert isinstance(model, PeftModel)
+        self._save(arm, model)
+        return Outcome("complete", vector, reason)
+
+    def _save(self, arm: Arm, model: PeftModel) -> None:
         training.save(arm, model, self.adapter_folder(arm))
         arm.trial.set_user_attr("rapidfire:adapter", arm.record.adapter)
-        return Outcome("complete", vector, reason)
 
     def _mend_base(self, arm: Arm) -> None:
         """A trial wrote into the base: load it again, or end the search where that is not possible."""

@@ -15,7 +15,7 @@ from transformers.training_args import TrainingArguments
 
 from rapidfire_automl import failpoints
 from rapidfire_automl.chunks import chunk_boundaries, generation_boundaries
-from rapidfire_automl.executor import seams, warmstart
+from rapidfire_automl.executor import enqueueing, extending, seams, warmstart
 from rapidfire_automl.executor.arm import Arm, Halt
 from rapidfire_automl.executor.checkpoints import Snapshot
 from rapidfire_automl.executor.context import generators_of_its_own
@@ -98,15 +98,12 @@ class ChunkCallback(TrainerCallback):
             warmstart.give_optimizer(self.warm, self._trainer)
             self.warm = None
         boundaries = list(_boundaries(self._trainer, state.max_steps, host.chunks))
-        before, own = arm.record.boundaries, len(boundaries)
-        if arm.restored is not None and before[:own] == boundaries and len(before) > own:  # it was extended
-            if why := seams.why_no_longer(self._trainer, before[-1] - boundaries[-1]):
-                raise ValueError(f"it was extended to {before[-1]} steps, which can't be done again: {why}")
-            seams.lengthen(self._trainer, before[-1] - boundaries[-1])
-            boundaries = list(before)
-        if arm.record.boundaries and boundaries != arm.record.boundaries:
-            raise ValueError(f"its chunks ended at steps {arm.record.boundaries}, now they would at {boundaries}")
+        before = arm.record.boundaries
+        if before and boundaries != before[: len(boundaries)]:
+            raise ValueError(f"its chunks ended at steps {before}, now they would at {boundaries}")
         arm.record.boundaries = boundaries
+        if arm.restored is not None:
+            extending.again(arm, before, state.global_step)
         arm.step = state.global_step
         host.tell(
             "trial_resumed" if arm.restored is not None else "trial_started",
@@ -116,6 +113,7 @@ class ChunkCallback(TrainerCallback):
             max_steps=state.max_steps,
             boundaries=list(arm.record.boundaries),
             fused=arm.record.fused,
+            **enqueueing.origin(arm.trial.user_attrs),
             **({} if arm.restored is None else {"attempt": arm.restored.attempt}),
         )
         if host.measure_base():
@@ -132,6 +130,8 @@ class ChunkCallback(TrainerCallback):
     ) -> None:
         """Remember to keep pace before the step's first forward."""
         self._close_chunk(state, control)
+        if self._arm.extensions:
+            extending.at_step(self._arm, state.global_step)
         self.step_begins = True
 
     def pace(self, tokens: int) -> None:

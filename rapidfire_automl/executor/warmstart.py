@@ -18,6 +18,9 @@ from peft import PeftConfig, PeftModel, get_peft_model_state_dict
 from safetensors.torch import load_file
 from torch import Tensor
 
+from rapidfire_automl.executor import seams
+from rapidfire_automl.executor.checkpoints import Snapshot
+
 _FIX = "Clone it without warm start, or without this change."
 _SCALES = ("lora_alpha", "use_rslora", "alpha_pattern")
 """Settings that say what an adapter's numbers mean."""
@@ -66,6 +69,19 @@ def read(source: int, folder: Path) -> WarmStart:
     """
     adapter = load_file(folder / "adapter_model.safetensors")
     return WarmStart(source, adapter, PeftConfig.from_pretrained(str(folder)))
+
+
+def to_snapshot(warm: WarmStart) -> Snapshot:
+    """For the disk."""
+    tree = {"source": warm.source, "optimizer": warm.optimizer, "optimizer_class": warm.optimizer_class}
+    return Snapshot(tree, warm.adapter, seams.plain_config(warm.config))
+
+
+def from_snapshot(snapshot: Snapshot) -> WarmStart:
+    """The inverse of `to_snapshot`."""
+    tree = snapshot.tree
+    config = PeftConfig.from_peft_type(**snapshot.config)
+    return WarmStart(tree["source"], snapshot.adapter, config, tree["optimizer"], tree["optimizer_class"])
 
 
 @torch.no_grad()
@@ -118,9 +134,13 @@ def give_optimizer(warm: WarmStart, trainer: Any) -> None:
         raise ValueError(
             f"`optim` of trial {warm.source} is {warm.optimizer_class}, here it is {type(optimizer).__name__}. {_FIX}"
         )
+    on_device = any(group.get("fused") or group.get("capturable") for group in optimizer.param_groups)
     for name, p in trainer.model.named_parameters():
         if name in warm.optimizer and p.requires_grad:
-            optimizer.state[p] = {entry: _copy(value, like=p) for entry, value in warm.optimizer[name].items()}
+            state = {entry: _copy(value, like=p) for entry, value in warm.optimizer[name].items()}
+            if on_device and isinstance(state.get("step"), Tensor):  # kernels count beside the parameter
+                state["step"] = state["step"].to(p.device)
+            optimizer.state[p] = state
 
 
 def _adapter(model: PeftModel) -> dict[str, Tensor]:

@@ -20,6 +20,7 @@ from rapidfire_automl.attempts import last_attempts
 from rapidfire_automl.events import Event
 from rapidfire_automl.plan import Plan
 from rapidfire_policies import ASHA, Nop
+from tests.executor.scripts import Script
 from tests.executor.searches import PLAN, make_executor, sft
 
 POLICIES: dict[str, Any] = {
@@ -41,6 +42,7 @@ def run(
     lowest: float = 1e-4,
     hidden: int = 32,
     term_at: int | None = None,
+    steered: bool = False,
 ) -> dict[str, Any]:
     """Search, or go on; what came of it, in plain JSON types."""
     from tests.executor.searches import sums, tiny_model
@@ -73,6 +75,9 @@ def run(
             ),
         )
 
+    script = Script(executor)
+    if steered:
+        executor.add_listener(script)
     events = []
     executor.add_listener(lambda event: events.append((event.kind, event.trial, dict(event.data))))
     steps = itertools.count(1)
@@ -101,6 +106,8 @@ def run(
         "attempts": len(study.trials),
         "events": [kind for kind, _, _ in events],
         "trained": sum(kind == "chunk_done" for kind, _, _ in events),
+        "commands": script.effects(),
+        "judges": sorted({data["by"] for kind, _, data in events if kind == "verdict"}),
     }
 
 

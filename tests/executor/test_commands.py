@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import optuna
 import pytest
 import torch
 from peft import LoraConfig
+from safetensors.torch import load_file
 
 from rapidfire_automl import RapidFireExecutor
 from rapidfire_automl.control import Sent
@@ -73,31 +75,163 @@ def trains(done: Done) -> list[int | None]:
     return [event.trial for event in done.of_kind("step")]
 
 
-def test_pause_in_the_middle_of_a_chunk_and_resume_in_the_same_round() -> None:
-    whole = search(LRS[:3])
-    done, at = steer(
-        lambda at: at.when("step", 0, lambda e: e.pause(0), step=2).when("step", 1, lambda e: e.resume(0), step=3),
-        LRS[:3],
-        chunks=2,
+@pytest.fixture(scope="module")
+def whole() -> Done:
+    """The same trials, all together, and nobody steps in."""
+    return search(LRS)
+
+
+# -- what happens when, in one search: each trial has its own troubles, and trial 0 none ------------------------------
+
+
+class Races:
+    """Commands sent by name, at the events of one search over eight trials."""
+
+    def __init__(self) -> None:
+        self.sent: dict[str, Sent] = {}
+        self.done = search(LRS, slots=8, prepare=lambda executor: executor.add_listener(partial(self, executor)))
+
+    def __call__(self, executor: RapidFireExecutor, event: Event) -> None:
+        moment = (event.kind, event.trial, event.data.get("step", event.chunk))
+        # An event is told while its trial has the baton: a pause of it takes effect at its next step.
+        if moment == ("step", 1, 1):
+            self.send(executor, "1: pause, then stop", executor.pause(1))
+            self.send(executor, "1: stop", executor.stop(1))
+        if moment == ("step", 2, 1):
+            self.send(executor, "2: stop", executor.stop(2))
+            self.send(executor, "2: stop, then pause", executor.pause(2))
+        if moment == ("step", 3, 1):
+            first = self.send(executor, "3: pause", executor.pause(3))
+            self.send(executor, "3: the same once more", executor._send(first.command))
+            self.send(executor, "3: another pause", executor.pause(3))
+        if moment == ("step", 4, 1):
+            self.send(executor, "4: pause", executor.pause(4))
+            self.send(executor, "4: resume before that", executor.resume(4))
+            self.send(executor, "4: extend", executor.extend(4, 1))
+        if moment == ("step", 5, 3):
+            self.send(executor, "5: stop", executor.stop(5))
+            self.send(executor, "5: another stop", executor.stop(5))
+        if moment == ("step", 6, 3):
+            self.send(executor, "6: pause", executor.pause(6))
+        if moment == ("step", 7, 2):  # the round's last step: by now trial 0 and trial 6 wait at their boundaries
+            self.send(executor, "7: pause at a boundary", executor.pause(7))
+        if moment == ("step", 0, 5):
+            for trial in (3, 6, 7):
+                self.send(executor, f"{trial}: resume", executor.resume(trial))
+            for verb in ("resume", "pause", "stop"):
+                self.send(executor, f"5 has ended: {verb}", getattr(executor, verb)(5))
+            self.send(executor, "5 has ended: extend", executor.extend(5, 1))
+            self.send(executor, "5 has ended: warm clone", executor.clone(5, warm_start=True))
+            self.send(executor, "0 trains: resume", executor.resume(0))
+            self.send(executor, "nobody: stop", executor.stop(77))
+            self.send(executor, "nobody: clone", executor.clone(77))
+        if event.kind == "trial_ended" and event.trial == 0:
+            self.send(executor, "0 is complete: stop", executor.stop(0))
+
+    def send(self, executor: RapidFireExecutor, name: str, sent: Sent) -> Sent:
+        self.sent[name] = sent
+        return sent
+
+    def effect(self, name: str) -> tuple[str, str]:
+        effect = self.sent[name].effect
+        assert effect is not None, name
+        return effect.state, effect.text
+
+
+@pytest.fixture(scope="module")
+def races() -> Races:
+    return Races()
+
+
+def test_whoever_was_not_stopped_has_trained_as_if_nobody_had_stepped_in(races: Races, whole: Done) -> None:
+    states = [str(record.state) for record in races.done.executor.records.values()]
+    assert states == ["complete", "stopped", "stopped", "complete", "complete", "stopped", "complete", "complete"]
+    for trial in (0, 3, 6, 7):
+        assert races.done.losses(trial) == pytest.approx(whole.losses(trial), rel=1e-6)
+        assert races.done.values()[trial] == pytest.approx(whole.values()[trial], rel=1e-6)
+
+
+def test_of_a_pause_and_a_stop_at_once_the_stop_wins(races: Races) -> None:
+    assert races.effect("1: pause, then stop") == ("refused", "a stop came before it took effect")
+    assert races.effect("2: stop, then pause") == ("refused", "trial 2 is being stopped")
+    for trial in (1, 2):
+        assert races.effect(f"{trial}: stop") == (
+            "applied",
+            "stopped, at step 1 of 6, in chunk 1 of 3; it has reported no value",
+        )
+        assert len(races.done.losses(trial)) == 1, "it does not wait for the chunk's end"
+        assert races.done.study.trials[trial].value is None
+
+
+def test_a_stop_in_the_middle_of_a_chunk_leaves_what_was_reported(races: Races) -> None:
+    assert races.effect("5: stop")[1].startswith("stopped, at step 3 of 6, in chunk 2 of 3; its value is")
+    assert races.effect("5: another stop") == ("refused", "trial 5 is being stopped")
+    record, trial = races.done.executor.records[5], races.done.study.trials[5]
+    assert (len(races.done.losses(5)), len(record.values)) == (3, 1)
+    assert (trial.state.name, trial.value) == ("PRUNED", record.values[0])
+    assert record.state is TrialState.STOPPED
+    assert record.verdicts[-1] == (1, "stop", "stopped by Python")
+    assert [e.data["reason"] for e in races.done.of_kind("trial_ended") if e.trial == 5] == ["stopped by Python"]
+
+
+def test_doubled_commands_are_applied_once(races: Races) -> None:
+    assert (
+        races.effect("3: pause")
+        == races.effect("3: the same once more")
+        == ("applied", "paused, at step 1 of 6, in chunk 1 of 3")
     )
-    assert effects(at) == [("pause", "applied"), ("resume", "applied")]
-    assert texts(at)[0] == "paused, at step 2 of 6, in chunk 1 of 2"
-    assert done.states() == ["COMPLETE"] * 3
-    assert done.losses(0) == pytest.approx(whole.losses(0), rel=1e-6)
-    assert len(done.executor.records[0].spans) == 2
+    assert races.effect("3: another pause") == ("refused", "trial 3 is paused by hand already")
+    told = [event.data["id"] for event in races.done.of_kind("command")]
+    assert len(told) == len(set(told)) == len({sent.command.id for sent in races.sent.values()}), (
+        "refusals are logged, too"
+    )
 
 
-def test_a_slot_given_up_in_the_middle_of_a_chunk_goes_to_a_newcomer_and_comes_back_before_the_next() -> None:
+def test_a_resume_takes_back_a_pause_that_has_not_taken_effect(races: Races) -> None:
+    assert races.effect("4: pause") == ("applied", "withdrawn by a resume before it took effect")
+    assert races.effect("4: resume before that")[1].startswith("trains on, at step 1 of")
+    assert len(races.done.executor.records[4].spans) == 1
+
+
+def test_a_paused_trial_goes_on_where_it_was(races: Races) -> None:
+    assert races.effect("6: pause") == ("applied", "paused, at step 3 of 6, in chunk 2 of 3")
+    assert races.effect("6: resume") == ("applied", "goes on, at step 3 of 6, in chunk 2 of 3")
+    assert races.effect("7: pause at a boundary") == ("applied", "paused, at the end of chunk 1 of 3")
+    assert races.done.executor.records[7].verdicts[0] == (1, "pause", "paused by Python")
+    assert [len(races.done.executor.records[trial].spans) for trial in (3, 6, 7)] == [2, 2, 2]
+
+
+def test_what_is_refused_says_why(races: Races) -> None:
+    for verb in ("resume", "pause", "stop", "extend"):
+        assert races.effect(f"5 has ended: {verb}") == ("refused", "trial 5 was stopped")
+    no_adapter = "trial 5 was stopped and its adapter was not saved. Clone it without warm start."
+    assert races.effect("5 has ended: warm clone") == ("refused", no_adapter)
+    assert races.effect("0 trains: resume") == ("refused", "trial 0 is training")
+    for verb in ("stop", "clone"):
+        assert races.effect(f"nobody: {verb}") == ("refused", "trial 77 is unknown: there are 0 to 7")
+    assert races.effect("0 is complete: stop") == ("refused", "trial 0 is complete")
+
+
+# -- slots and policies ------------------------------------------------------------------------------------------------
+
+
+def test_a_slot_given_up_in_the_middle_of_a_chunk_goes_to_a_newcomer_and_comes_back_before_the_next(
+    whole: Done,
+) -> None:
     done, at = steer(
-        lambda at: at.when("step", 0, lambda e: e.pause(0), step=1).when(
-            "chunk_done", 2, lambda e: e.resume(0), chunk=1
+        lambda at: (
+            at.when("step", 0, lambda e: e.pause(0), step=1)
+            .when("step", 2, lambda e: [e.resume(0), e.pause(0)], step=1)
+            .when("chunk_done", 2, lambda e: e.resume(0), chunk=1)
         ),
         LRS[:4],
         slots=2,
     )
     assert done.states() == ["COMPLETE"] * 4
-    assert texts(at)[1] == "goes on when a slot is free, before newcomers, at step 1 of 6, in chunk 1 of 3"
-    assert done.values()[0] == pytest.approx(search(LRS[:1]).values()[0], rel=1e-6)
+    when = "goes on when a slot is free, before newcomers, at step 1 of 6, in chunk 1 of 3"
+    held = "it has no slot, at step 1 of 6, in chunk 1 of 3; only resume brings it back now"
+    assert texts(at)[1:] == [when, held, when], "a pause takes back a resume that has no slot yet"
+    assert done.values()[0] == pytest.approx(whole.values()[0], rel=1e-6)
     spans = {number: record.spans for number, record in done.executor.records.items()}
     assert len(spans[0]) == 2
     assert spans[0][0][1] <= spans[2][0][0] < spans[0][1][0] <= spans[3][0][0]
@@ -138,106 +272,24 @@ def test_pause_of_a_trial_that_the_policy_has_paused_holds_it() -> None:
     assert done.study.trials[0].value == done.values()[0][0]
 
 
-def test_a_pause_at_the_end_of_a_chunk_holds_the_trial_there() -> None:
-    """Trial 1 makes the round's last step: by then trial 0 waits at its boundary."""
+def test_a_policy_is_switched_off_and_another_on() -> None:
+    policy = Scripted({(1, 1): "stop", (2, 1): "stop"})
     done, at = steer(
-        lambda at: at.when("step", 1, lambda e: e.pause(0), step=2).when("trial_ended", 1, lambda e: e.resume(0)),
-        LRS[:2],
-    )
-    assert texts(at)[0] in ("paused, at the end of chunk 1 of 3",)
-    assert done.executor.records[0].verdicts[0] == (1, "pause", "paused by Python")
-    assert done.values()[0] == pytest.approx(search(LRS[:2]).values()[0], rel=1e-6)
-
-
-@pytest.mark.parametrize("threads", [False, True])
-def test_stop_ends_a_trial_within_its_chunk(threads: bool) -> None:
-    done, _ = steer(lambda at: at.when("step", 1, lambda e: e.stop(1), step=3), LRS[:3], chunks=2, threads=threads)
-    assert done.states() == ["COMPLETE", "PRUNED", "COMPLETE"]
-    assert len(done.losses(1)) < 6
-    assert done.study.trials[1].value == (done.values()[1][-1] if done.values()[1] else None)
-    assert done.executor.records[1].state is TrialState.STOPPED
-    assert done.executor.records[1].verdicts[-1][1:] == ("stop", "stopped by Python")
-    assert [e.data["reason"] for e in done.of_kind("trial_ended") if e.trial == 1] == ["stopped by Python"]
-    assert done.values()[0] == pytest.approx(search(LRS[:1], chunks=2).values()[0], rel=1e-6)
-
-
-def test_a_trial_that_is_stopped_before_its_first_report_has_no_value() -> None:
-    done, at = steer(lambda at: at.when("step", 1, lambda e: e.stop(1), step=1), LRS[:2])
-    assert done.states() == ["COMPLETE", "PRUNED"]
-    assert done.study.trials[1].value is None
-    assert len(done.losses(1)) == 1, "it does not wait for the chunk's end"
-    assert "it has reported no value" in texts(at)[0]
-
-
-@pytest.mark.parametrize("order", ["pause stop", "stop pause"])
-def test_of_a_pause_and_a_stop_at_once_the_stop_wins(order: str) -> None:
-    def both(e: RapidFireExecutor) -> list[Any]:
-        return [getattr(e, verb)(0) for verb in order.split()]
-
-    done, at = steer(lambda at: at.when("step", 0, both, step=1), LRS[:2])
-    assert sorted(effects(at)) == [("pause", "refused"), ("stop", "applied")]
-    assert done.states() == ["PRUNED", "COMPLETE"]
-
-
-def test_doubled_commands_are_applied_once() -> None:
-    def twice(e: RapidFireExecutor) -> list[Any]:
-        first = e.pause(0)
-        return [first, e._send(first.command), e.pause(0), e.stop(1), e.stop(1)]
-
-    done, at = steer(
-        lambda at: at.when("step", 0, twice, step=1).when("trial_ended", 1, lambda e: e.resume(0)), LRS[:2]
-    )
-    assert [state for _, state in effects(at)] == ["applied", "applied", "refused", "applied", "refused", "applied"]
-    assert texts(at)[2] == "trial 0 is paused by hand already"
-    assert texts(at)[4] == "trial 1 is being stopped"
-    assert len(done.of_kind("command")) == 5
-    assert done.states() == ["COMPLETE", "PRUNED"]
-
-
-def test_a_resume_takes_back_a_pause_that_has_not_taken_effect() -> None:
-    done, at = steer(lambda at: at.when("step", 0, lambda e: [e.pause(0), e.resume(0)], step=1), LRS[:2])
-    assert effects(at) == [("pause", "applied"), ("resume", "applied")]
-    assert len(done.executor.records[0].spans) == 1
-    assert done.states() == ["COMPLETE"] * 2
-
-
-def test_a_pause_takes_back_a_resume_that_has_no_slot_yet() -> None:
-    done, at = steer(
-        lambda at: (
-            at.when("step", 0, lambda e: e.pause(0), step=1)
-            .when("step", 2, lambda e: [e.resume(0), e.pause(0)], step=1)
-            .when("trial_ended", 2, lambda e: e.resume(0))
+        lambda at: at.when("step", 0, lambda e: [e.set_policy("ahsa"), e.set_policy()], step=1).when(
+            "step", 0, lambda e: e.set_policy("asha", reduction_factor=3, min_resource=2), step=3
         ),
         LRS[:3],
-        slots=2,
-        max_paused=2,
+        policy,
     )
-    assert [state for _, state in effects(at)] == ["applied"] * 4
-    assert done.states() == ["COMPLETE"] * 3
+    assert effects(at) == [("set-policy", "refused"), ("set-policy", "applied"), ("set-policy", "applied")]
+    assert "Did you mean `asha`?" in texts(at)[0]
+    assert "NopPruner judges instead of Scripted" in texts(at)[1]
+    assert "from the next round on ASHA(min_resource=2, reduction_factor=3" in texts(at)[2]
+    assert [len(values) >= 2 for values in done.values().values()] == [True] * 3, "nobody was stopped after chunk 1"
+    assert done.states().count("PRUNED") == 2
 
 
-def test_what_is_refused_says_why() -> None:
-    def all_of(e: RapidFireExecutor) -> list[Any]:
-        verbs = [e.resume, e.pause, e.stop, lambda trial: e.extend(trial, 1)]
-        return [*(verb(0) for verb in verbs), e.resume(1), e.stop(7), e.clone(7), e.clone(1, warm_start=True)]
-
-    done, at = steer(
-        lambda at: at.when("step", 0, lambda e: e.stop(0), step=1).when("step", 1, all_of, step=3),
-        LRS[:2],
-    )
-    assert effects(at)[0] == ("stop", "applied")
-    assert texts(at)[1:5] == ["trial 0 was stopped"] * 4
-    assert texts(at)[5] == "trial 1 is training"
-    assert texts(at)[6:8] == ["trial 7 is unknown: there are 0 to 1"] * 2
-    assert {state for _, state in effects(at)[1:8]} == {"refused"}
-    refused = [event.data["text"] for event in done.of_kind("command") if event.data["effect"] == "refused"]
-    assert refused == texts(at)[1:8], "refusals are logged, too"
-
-
-def test_a_finished_trial_says_so() -> None:
-    done, at = steer(lambda at: at.when("trial_ended", 0, lambda e: [e.stop(0), e.pause(0)]), LRS[:3], slots=1)
-    assert texts(at) == ["trial 0 is complete"] * 2
-    assert done.states() == ["COMPLETE"] * 3
+# -- the end -----------------------------------------------------------------------------------------------------------
 
 
 def test_commands_after_the_end_are_refused() -> None:
@@ -247,14 +299,26 @@ def test_commands_after_the_end_are_refused() -> None:
         done.executor.pause(0)
 
 
-def test_cancel_keeps_what_has_finished() -> None:
-    done, at = steer(lambda at: at.when("step", 1, lambda e: e.cancel(), step=1), LRS[:4], slots=1)
-    assert effects(at) == [("cancel", "applied")]
-    assert done.states() == ["COMPLETE", "FAIL", "WAITING", "WAITING"], "no further trial is asked for"
+def test_cancel_keeps_what_has_finished_and_the_adapters_of_the_rest(tmp_path: Path) -> None:
+    steps = Steps()
+    done, at = steer(
+        lambda at: at.when("step", 1, lambda e: e.pause(1), step=1).when("step", 2, lambda e: e.cancel(), step=3),
+        LRS[:4],
+        slots=1,
+        objective=steps.objective(),
+        output_dir=tmp_path,
+    )
+    assert effects(at) == [("pause", "applied"), ("cancel", "applied")]
+    assert done.states() == ["COMPLETE", "FAIL", "FAIL", "WAITING"], "no further trial is asked for"
     assert done.executor.cancelled
+    for number, step in ((1, 1), (2, 3)):  # paused, and in the middle of a chunk
+        folder = done.executor.records[number].adapter
+        assert folder == done.study.trials[number].user_attrs["rapidfire:adapter"]
+        saved = load_file(Path(str(folder)) / "adapter_model.safetensors")
+        assert sorted(x.sum().item() for x in saved.values()) == pytest.approx(steps.sums(number, step), abs=1e-6)
 
 
-def test_a_search_whose_last_trial_is_paused_by_hand_waits_for_it() -> None:
+def test_a_search_whose_last_trial_is_paused_by_hand_waits_for_it(whole: Done) -> None:
     """The warning is the only event while all waits, and it is what the resume answers to."""
     done, _ = steer(
         lambda at: at.when("step", 0, lambda e: e.pause(0), step=3).when("warning", None, lambda e: e.resume(0)),
@@ -262,54 +326,48 @@ def test_a_search_whose_last_trial_is_paused_by_hand_waits_for_it() -> None:
     )
     assert "resume, stop or cancel" in done.of_kind("warning")[0].data["message"]
     assert done.states() == ["COMPLETE"]
-    assert done.values()[0] == search(LRS[:1]).values()[0]
-
-
-# -- policies ----------------------------------------------------------------------------------------------------------
-
-
-def test_a_policy_is_switched_off_and_another_on() -> None:
-    policy = Scripted({(1, 2): "stop", (2, 2): "stop"})
-    done, at = steer(lambda at: at.when("step", 0, lambda e: e.set_policy(), step=3), LRS[:3], policy)
-    assert done.states() == ["COMPLETE"] * 3
-    assert "NopPruner judges instead of Scripted" in texts(at)[0]
-    done, at = steer(lambda at: at.when("step", 0, lambda e: e.set_policy("asha", reduction_factor=3), step=1), LRS[:3])
-    assert done.states().count("PRUNED") >= 1
-    assert "from the next round on ASHA(min_resource=1, reduction_factor=3" in texts(at)[0]
-
-
-def test_a_policy_that_is_none_is_refused() -> None:
-    _, at = steer(lambda at: at.when("step", 0, lambda e: e.set_policy("ahsa"), step=1), LRS[:1])
-    assert effects(at) == [("set-policy", "refused")]
-    assert "Did you mean `asha`?" in texts(at)[0]
+    assert done.values()[0] == pytest.approx(whole.values()[0], rel=1e-6)
 
 
 # -- longer ------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("schedule", ["linear", "constant", "cosine"])
-def test_an_extended_trial_trains_on_by_the_schedule_of_its_new_length(schedule: str) -> None:
+SCHEDULES = ("linear", "constant", "cosine")
+
+
+def scheduled(executor: RapidFireExecutor, **given: Any) -> Callable[[optuna.Trial], float]:
+    """Trial i follows schedule i."""
+
+    @executor.objective
+    def objective(trial: optuna.Trial) -> Any:
+        lr = trial.suggest_float("lr", 1e-5, 1.0, log=True)
+        return sft(executor, trial, lr=lr, lr_scheduler_type=SCHEDULES[trial.number % 3], **given)
+
+    return objective
+
+
+def test_an_extended_trial_trains_on_by_the_schedule_of_its_new_length() -> None:
     policy = Scripted({(0, 4): "stop"})
     done, at = steer(
-        lambda at: at.when("step", 0, lambda e: e.extend(0, 2), step=2),
-        LRS[:2],
+        lambda at: [at.when("step", i, lambda e, i=i: e.extend(i, 2), step=2) for i in range(3)],
+        [LRS[0], LRS[0], LRS[0], LRS[1]],
         policy,
-        objective=partial(by_lr, lr_scheduler_type=schedule),
+        objective=scheduled,
     )
-    assert effects(at) == [("extend", "applied")]
-    assert done.states() == ["COMPLETE"] * 2, "the policy has no say in the chunks beyond the others'"
-    assert [len(values) for values in done.values().values()] == [5, 3]
+    assert effects(at) == [("extend", "applied")] * 3
+    assert done.states() == ["COMPLETE"] * 4, "the policy has no say in the chunks beyond the others'"
+    assert [len(values) for values in done.values().values()] == [5, 5, 5, 3]
     assert done.executor.records[0].boundaries == [2, 4, 6, 8, 10]
     assert max(trial.resource for history in policy.seen for trial in history.trials) <= 3
-    longer = search(LRS[:1], chunks=5, objective=partial(by_lr, lr_scheduler_type=schedule, max_steps=10))
-    rates = [
-        [entry["learning_rate"] for entry in d.executor.records[0].log_history if "loss" in entry]
-        for d in (done, longer)
-    ]
-    assert rates[0][2:] == pytest.approx(rates[1][2:])
-    if schedule == "constant":
-        assert done.losses(0) == pytest.approx(longer.losses(0), rel=1e-6)
-        assert done.values()[0] == pytest.approx(longer.values()[0], rel=1e-6)
+    longer = search([LRS[0]] * 3, chunks=5, objective=partial(scheduled, max_steps=10))
+    for i in range(3):
+        rates = [
+            [entry["learning_rate"] for entry in d.executor.records[i].log_history if "loss" in entry]
+            for d in (done, longer)
+        ]
+        assert rates[0][2:] == pytest.approx(rates[1][2:])
+    assert done.losses(1) == pytest.approx(longer.losses(1), rel=1e-6), "with a constant rate nothing else differs"
+    assert done.values()[1] == pytest.approx(longer.values()[1], rel=1e-6)
 
 
 def test_what_can_not_be_extended() -> None:
@@ -330,40 +388,36 @@ def test_what_can_not_be_extended() -> None:
 # -- new trials --------------------------------------------------------------------------------------------------------
 
 
-def test_an_added_configuration_is_one_trial_more_and_goes_before_the_queue() -> None:
-    done, at = steer(lambda at: at.when("step", 0, lambda e: e.add({"lr": 5e-3}), step=3), LRS[:3], slots=1)
-    assert done.states() == ["COMPLETE"] * 4
-    assert [trial.params["lr"] for trial in done.study.trials] == [*LRS[:3], 5e-3]
-    started = [event.trial for event in done.of_kind("trial_started")]
-    assert started == [0, 3, 1, 2]
-    assert texts(at) == ["trial 3 is next in line for a slot"]
-
-
-def test_names_and_values_are_checked() -> None:
+def test_an_added_configuration_is_checked_is_one_trial_more_and_goes_before_the_queue() -> None:
     def all_of(e: RapidFireExecutor) -> list[Any]:
         return [
-            e.add({"lrr": 1e-3}), e.add({"lr": "1e-3"}), e.add({"lr": True}), e.clone(0, set={"rank": 4}), e.add({"lr": 5.0})
+            e.add({"lrr": 1e-3}), e.add({"lr": "1e-3"}), e.add({"lr": True}), e.clone(0, set={"rank": 4}),
+            e.clone(0, set={"lr": "/0"}), e.add({"lr": 5.0}), e.clone(0, set={"lr": "/2"}),
         ]  # fmt: skip
 
-    done, at = steer(lambda at: at.when("step", 0, all_of, step=1), LRS[:1])
-    assert [state for _, state in effects(at)] == ["refused"] * 4 + ["applied"]
+    done, at = steer(lambda at: at.when("step", 0, all_of, step=3), LRS[:2], slots=1)
+    assert [state for _, state in effects(at)] == ["refused"] * 5 + ["applied"] * 2
     assert texts(at)[0] == "`lrr` is no parameter of the search; it has lr. Did you mean `lr`?"
     assert texts(at)[1] == "`lr` must be a number, got '1e-3'. Write it without quotes."
     assert texts(at)[3] == "`rank` is no parameter of trial 0; it has lr."
-    assert "`lr` = 5.0 is outside the search space (1e-05 to 1.0)" in texts(at)[4]
-    assert done.study.trials[1].params == {"lr": 5.0}
+    assert texts(at)[4] == "`lr` must be a number, got '/0'. Write it without quotes."
+    assert "trial 2 is next in line for a slot; `lr` = 5.0 is outside the search space (1e-05 to 1.0)" in texts(at)[5]
+    assert [trial.params["lr"] for trial in done.study.trials] == [*LRS[:2], 5.0, LRS[0] / 2]
+    assert [event.trial for event in done.of_kind("trial_started")] == [0, 2, 3, 1]
 
 
-def test_a_clone_in_a_study_that_optuna_drives() -> None:
+def test_a_search_that_optuna_drives_is_steered_alike() -> None:
     done, at = steer(
-        lambda at: at.when("step", 0, lambda e: e.clone(0, set={"lr": 1e-4}), step=1),
+        lambda at: at.when("step", 0, lambda e: [e.clone(0, set={"lr": 1e-4}), e.stop(0)], step=1),
         LRS[:2],
         n_trials=3,
         slots=1,
         threads=True,
     )
+    assert done.states() == ["PRUNED", "COMPLETE", "COMPLETE"]
     assert [trial.params["lr"] for trial in done.study.trials] == [*LRS[:2], 1e-4]
     assert "it is one of `n_trials`" in texts(at)[0]
+    assert len(done.losses(0)) == 1, "it does not wait for the chunk's end"
 
 
 # -- warm starts -------------------------------------------------------------------------------------------------------
@@ -374,6 +428,11 @@ class Steps:
 
     def __init__(self) -> None:
         self.weights: dict[int, list[torch.Tensor]] = {}
+        self.shapes: list[int] = []
+
+    def sums(self, trial: int, step: int) -> list[float]:
+        """The sum of each of its tensors after a step, in order of size."""
+        return sorted(part.sum().item() for part in self.weights[trial][step].split(self.shapes))
 
     def objective(self, **more: Any) -> Callable[[RapidFireExecutor], Callable[[optuna.Trial], float]]:
         def make(executor: RapidFireExecutor) -> Callable[[optuna.Trial], float]:
@@ -382,6 +441,7 @@ class Steps:
                 kept = self.weights.setdefault(trial.number, [])
 
                 def keep(model: Any, **_: Any) -> None:
+                    self.shapes = [p.numel() for p in model.parameters() if p.requires_grad]
                     kept.append(
                         torch.cat([p.detach().flatten().clone() for p in model.parameters() if p.requires_grad])
                     )
@@ -452,72 +512,50 @@ def test_a_clone_of_an_ended_trial_begins_with_its_saved_adapter(tmp_path: Any) 
     assert done.states() == ["COMPLETE"] * 3
 
 
-def test_a_stopped_trial_leaves_nothing_to_a_warm_clone() -> None:
+def test_what_does_not_fit_a_warm_start_is_an_error_that_names_the_fix() -> None:
+    """The source is r = 4 on q_proj with AdamW; each clone has one thing otherwise."""
+    others: list[dict[str, Any]] = [{}, {"r": 2}, {"target_modules": ["q_proj", "v_proj"]}, {}, {"lora_alpha": 16}]
+
+    def which(trial: optuna.Trial) -> int:
+        return int(trial.suggest_categorical("which", [0, 1, 2, 3, 4]))
+
+    def lora(trial: optuna.Trial) -> LoraConfig:
+        r = trial.suggest_categorical("r", [2, 4])
+        own = {"r": r, "lora_alpha": 8, "target_modules": ["q_proj"]} | others[which(trial)]
+        return LoraConfig(**own, task_type="CAUSAL_LM")
+
+    def optim(trial: optuna.Trial) -> str:
+        return "sgd" if which(trial) == 3 else "adamw_torch"
+
+    def ask(e: RapidFireExecutor) -> list[Any]:
+        refused = e.clone(0, set={"r": 2}, warm_start=True)
+        return [refused, *(e.clone(0, set={"which": k}, warm_start=True) for k in range(1, 5))]
+
+    study = study_of()
+    study.enqueue_trial({"lr": 1e-2, "which": 0, "r": 4})
     done, at = steer(
-        lambda at: at.when("step", 0, lambda e: e.stop(0), step=1).when(
-            "step", 1, lambda e: [e.clone(0, warm_start=True), e.clone(0)], step=3
-        ),
-        LRS[:2],
+        lambda at: at.when("step", 0, ask, step=2),
+        LRS[:1],
+        study=study,
+        slots=8,
+        objective=Steps().objective(peft_config=lora, optim=optim),
     )
-    assert texts(at)[1] == "trial 0 was stopped and its adapter was not saved. Clone it without warm start."
-    assert effects(at)[2] == ("clone", "applied")
-    assert done.states() == ["PRUNED", "COMPLETE", "COMPLETE"]
-
-
-@pytest.mark.parametrize(
-    ("name", "choices", "message"),
-    [
-        ("lora", [4, 2], "`r` of trial 0 is 4, here it is 2"),
+    fix = "Clone it without warm start, or without this change."
+    assert [state for _, state in effects(at)] == ["refused"] + ["applied"] * 4
+    assert texts(at)[0] == f"`r` of trial 0 is 4: an adapter can't be carried over to 2. {fix}", "its name is known"
+    assert done.states() == ["COMPLETE"] + ["FAIL"] * 4
+    for clone, message in enumerate(
         (
-            "lora",
-            [("q_proj",), ("q_proj", "v_proj")],
+            "`r` of trial 0 is 4, here it is 2",
             "`target_modules` (or what else is trained) of trial 0 are others",
+            "`optim` of trial 0 is AdamW, here it is SGD",
+            "`lora_alpha` of trial 0 is 8, here it is 16",
         ),
-        ("optim", ["adamw_torch", "sgd"], "`optim` of trial 0 is AdamW, here it is SGD"),
-        ("lora", [{"alpha": 8}, {"alpha": 16}], "`lora_alpha` of trial 0 is 8, here it is 16"),
-    ],
-)
-def test_what_does_not_fit_a_warm_start_is_an_error_that_names_the_fix(
-    name: str, choices: list[Any], message: str
-) -> None:
-    def pick(trial: optuna.Trial) -> Any:
-        choice = choices[trial.suggest_categorical("which", [0, 1])]
-        if name == "optim":
-            return choice
-        r = choice if isinstance(choice, int) else 4
-        targets = list(choice) if isinstance(choice, tuple) else ["q_proj"]
-        alpha = choice["alpha"] if isinstance(choice, dict) else 8
-        return LoraConfig(r=r, lora_alpha=alpha, target_modules=targets, task_type="CAUSAL_LM")
-
-    study = study_of()
-    study.enqueue_trial({"lr": 1e-2, "which": 0})
-    done, at = steer(
-        lambda at: at.when("step", 0, lambda e: e.clone(0, set={"which": 1}, warm_start=True), step=2),
-        LRS[:1],
-        study=study,
-        objective=Steps().objective(**{"peft_config" if name == "lora" else name: pick}),
-    )
-    assert effects(at) == [("clone", "applied")]
-    assert done.states() == ["COMPLETE", "FAIL"]
-    error = done.executor.records[1].error
-    assert error is not None
-    assert message in error
-    assert error.endswith("Clone it without warm start, or without this change.")
-
-
-def test_a_changed_rank_is_refused_at_once_where_its_name_is_known() -> None:
-    study = study_of()
-    study.enqueue_trial({"lr": 1e-2, "r": 4})
-    done, at = steer(
-        lambda at: at.when("step", 0, lambda e: e.clone(0, set={"r": 2}, warm_start=True), step=2),
-        LRS[:1],
-        study=study,
-        objective=Steps().objective(r=lambda trial: trial.suggest_categorical("r", [2, 4])),
-    )
-    assert texts(at) == [
-        "`r` of trial 0 is 4: an adapter can't be carried over to 2. Clone it without warm start, or without this change."
-    ]
-    assert done.states() == ["COMPLETE"]
+        start=1,
+    ):
+        error = str(done.executor.records[clone].error)
+        assert message in error
+        assert error.endswith(fix)
 
 
 def test_a_trial_that_runs_unfused_is_steered_alike() -> None:

@@ -42,7 +42,7 @@ from rapidfire_automl.executor.seams.rewards import (
 from rapidfire_automl.executor.seams.schedule import leave_room, lengthen, why_no_longer
 from rapidfire_automl.executor.seams.selfcheck import Probe, check_rollouts, is_half, is_out_of_memory, self_check
 from rapidfire_automl.executor.seams.trainer import Seam, autocast_dtype, fused_head_settings
-from rapidfire_automl.executor.seams.weights import AdapterWeights, put_optimizer
+from rapidfire_automl.executor.seams.weights import AdapterWeights, plain_config, put_optimizer
 
 __all__ = [
     "AdapterWeights",
@@ -64,6 +64,7 @@ __all__ = [
     "keep_head_contiguous",
     "leave_room",
     "lengthen",
+    "plain_config",
     "put_optimizer",
     "refuse",
     "sample_rewards",

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
+from peft import PeftConfig, PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
 from torch import Tensor, nn
 
 from rapidfire_automl.executor.checkpoints import Snapshot
@@ -48,8 +48,7 @@ class AdapterWeights:
 
     def config(self) -> dict[str, Any]:
         """PEFT's config as PEFT would save it."""
-        config = self._model.peft_config[self._name]
-        settings = {name: _plain(value) for name, value in config.to_dict().items()}
+        settings = plain_config(self._model.peft_config[self._name])
         base = settings.get("base_model_name_or_path")
         if base is None:
             base = getattr(self._model.get_base_model(), "name_or_path", None)
@@ -83,6 +82,11 @@ class AdapterWeights:
     def _state(self) -> dict[str, Tensor]:
         # Otherwise PEFT asks the hub whether the vocabulary was changed.
         return dict(get_peft_model_state_dict(self._model, adapter_name=self._name, save_embedding_layers=False))
+
+
+def plain_config(config: PeftConfig) -> dict[str, Any]:
+    """PEFT's config in JSON types; `PeftConfig.from_peft_type` is the inverse."""
+    return {name: _plain(value) for name, value in config.to_dict().items()}
 
 
 def put_optimizer(optimizer: Any, state: Mapping[str, Any]) -> None:

@@ -15,9 +15,9 @@ from typing import Any
 
 import pytest
 
-from rapidfire_automl import journal as module
+from rapidfire_automl import event_log as module
+from rapidfire_automl.event_log import FILE, EventLog, read_events
 from rapidfire_automl.events import Event
-from rapidfire_automl.journal import FILE, Journal, read_events
 
 
 def step(number: int) -> Event:
@@ -29,9 +29,9 @@ def entries(path: Path) -> list[dict[str, Any]]:
 
 
 def test_a_line_has_its_number_the_wall_clock_and_the_event(tmp_path: Path) -> None:
-    with Journal(tmp_path / FILE) as journal:
-        journal(Event("chunk_done", 2.0, 3, 1, {"value": math.nan, "name": "zero\n\udc80", "best": -math.inf}))
-        journal(step(7))
+    with EventLog(tmp_path / FILE) as log:
+        log(Event("chunk_done", 2.0, 3, 1, {"value": math.nan, "name": "zero\n\udc80", "best": -math.inf}))
+        log(step(7))
     first, second = entries(tmp_path / FILE)
     moment = datetime.fromisoformat(first.pop("time"))
     assert moment.utcoffset() == timedelta(0)
@@ -45,10 +45,10 @@ def test_a_line_has_its_number_the_wall_clock_and_the_event(tmp_path: Path) -> N
 
 def test_a_line_is_in_the_file_when_the_listeners_hear_of_it(tmp_path: Path) -> None:
     seen: list[int] = []
-    with Journal(tmp_path / FILE, [lambda event: seen.append(len(entries(tmp_path / FILE)))]) as journal:
-        journal(step(1))
-        journal(step(2))
-    journal(step(3))  # after the end
+    with EventLog(tmp_path / FILE, [lambda event: seen.append(len(entries(tmp_path / FILE)))]) as log:
+        log(step(1))
+        log(step(2))
+    log(step(3))  # after the end
     assert seen == [1, 2]
     assert len(entries(tmp_path / FILE)) == 2
 
@@ -58,8 +58,8 @@ def test_a_listener_that_raises_costs_nobody_else_anything(tmp_path: Path, caplo
         raise RuntimeError("no")
 
     heard: list[Event] = []
-    with Journal(tmp_path / FILE, [raises, heard.append]) as journal:
-        journal(step(1))
+    with EventLog(tmp_path / FILE, [raises, heard.append]) as log:
+        log(step(1))
     assert heard == [step(1)]
     assert "A listener failed on step" in caplog.text
 
@@ -67,15 +67,15 @@ def test_a_listener_that_raises_costs_nobody_else_anything(tmp_path: Path, caplo
 @pytest.mark.parametrize("tail", [b"", b'{"seq": 9, "ki', b'{"seq": 9, "kind": "step", "data": "\xc3'])
 def test_what_goes_on_appends_and_counts_on(tmp_path: Path, tail: bytes) -> None:
     path = tmp_path / FILE
-    with Journal(path) as journal:
+    with EventLog(path) as log:
         for number in range(3):
-            journal(step(number))
+            log(step(number))
     with path.open("ab") as file:
         file.write(tail)
     log = read_events(tmp_path)
     assert (len(log.lines), log.torn, log.damaged) == (3, bool(tail), ())
-    with Journal(path) as journal:
-        journal(step(3))
+    with EventLog(path) as log:
+        log(step(3))
     assert [entry["seq"] for entry in entries(path)] == [1, 2, 3, 4]
     assert not read_events(tmp_path).torn
 
@@ -86,22 +86,22 @@ def test_a_torn_line_longer_than_a_block_and_logs_without_numbers(
     monkeypatch.setattr(module, "_BLOCK_BYTES", 8)
     path = tmp_path / FILE
     path.write_bytes(b'{"kind": "step"}\n{"kind": "step", "seq": 41}\n{"kind": "step"}\n' + b"x" * 5000)
-    with Journal(path) as journal:
-        journal(step(0))
+    with EventLog(path) as log:
+        log(step(0))
     assert [entry.get("seq") for entry in entries(path)] == [None, 41, None, 42]
     path.write_bytes(b"x" * 500)
-    with Journal(path) as journal:
-        journal(step(0))
+    with EventLog(path) as log:
+        log(step(0))
     assert [entry["seq"] for entry in entries(path)] == [1]
 
 
 def test_verdicts_are_on_the_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     synced: list[int] = []
     monkeypatch.setattr(module, "_sync", lambda file: synced.append(os.fstat(file).st_size))
-    with Journal(tmp_path / FILE) as journal:
-        journal(step(1))
+    with EventLog(tmp_path / FILE) as log:
+        log(step(1))
         assert synced == []
-        journal(Event("verdict", 1.0, 3, 1, {"verdict": "stop"}))
+        log(Event("verdict", 1.0, 3, 1, {"verdict": "stop"}))
         assert synced == [(tmp_path / FILE).stat().st_size]
 
 
@@ -112,17 +112,17 @@ def test_lines_wait_while_the_disk_is_full(tmp_path: Path) -> None:
         import logging, resource, signal, sys
         from pathlib import Path
         from rapidfire_automl.events import Event
-        from rapidfire_automl.journal import Journal
+        from rapidfire_automl.event_log import EventLog
         logging.basicConfig()
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-        with Journal(Path(sys.argv[1])) as journal:
-            journal(Event("step", 0.0, 0, 0, {"step": 0}))
+        with EventLog(Path(sys.argv[1])) as log:
+            log(Event("step", 0.0, 0, 0, {"step": 0}))
             resource.setrlimit(resource.RLIMIT_FSIZE, (300, hard))
             for number in range(1, 5):
-                journal(Event("step", 0.0, 0, 0, {"step": number}))
+                log(Event("step", 0.0, 0, 0, {"step": number}))
             resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-            journal(Event("step", 0.0, 0, 0, {"step": 5}))
+            log(Event("step", 0.0, 0, 0, {"step": 5}))
         """
     )
     words = [sys.executable, "-c", script, str(tmp_path / FILE)]

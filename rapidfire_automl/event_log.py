@@ -29,7 +29,7 @@ _BLOCK_BYTES = 65536
 _sync = getattr(os, "fdatasync", os.fsync)
 
 
-class Journal:
+class EventLog:
     """The listener that keeps `events.jsonl`, and what only events tell, and passes every event on.
 
     A line is an event with `seq`, which counts up through all searches in the file, and `time`, the wall clock in UTC.
@@ -100,7 +100,7 @@ class Journal:
 
     @property
     def elapsed_s(self) -> float:
-        """Seconds since the journal was opened."""
+        """Seconds since the log was opened."""
         return time.monotonic() - self.start_s
 
     def __enter__(self) -> Self:
@@ -184,6 +184,37 @@ def _read(path: Path, worker: str = "") -> Log:
         elif raw.strip():
             damaged.append(number)
     return Log(tuple(lines), torn=bool(rest), damaged=tuple(damaged))
+
+
+class Follower:
+    """Reads the events of a run folder as they come.
+
+    Args:
+        run_dir: The run folder.
+    """
+
+    def __init__(self, run_dir: str | os.PathLike[str]) -> None:
+        self._folder = Path(run_dir)
+        self._at: dict[Path, int] = {}
+
+    def read(self) -> list[Event]:
+        """What has been written since the last call; a line that is half written is left for the next."""
+        files = [self._folder / FILE, *sorted((self._folder / WORKERS).glob(f"*/{FILE}"))]
+        lines = [line for path in files for line in self._read(path)]
+        return [line.event for line in (sorted(lines, key=lambda line: line.time) if len(files) > 1 else lines)]
+
+    def _read(self, path: Path) -> list[Line]:
+        at = self._at.get(path, 0)
+        try:
+            with path.open("rb") as file:
+                file.seek(at)
+                whole = file.read().rpartition(b"\n")[0]
+        except OSError:
+            return []
+        if not whole:
+            return []
+        self._at[path] = at + len(whole) + 1
+        return [line for line in map(_parse, whole.split(b"\n")) if line is not None]
 
 
 def _parse(raw: bytes, worker: str = "") -> Line | None:

@@ -1,0 +1,147 @@
+"""Commands through an Optuna study."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+from rapidfire_automl.control import Command, ControlError, Effect, Sent
+from rapidfire_automl.workers import CANCELLED_ATTR
+
+if TYPE_CHECKING:
+    import optuna
+
+_log = logging.getLogger("rapidfire_automl")
+COMMAND_ATTR, ANSWER_ATTR, ATTEMPT_ATTR = "rapidfire:command:", "rapidfire:answer:", "rapidfire:attempt"
+
+
+class StudyMailbox:
+    """Commands as user attributes of an Optuna study, for a search without a run folder, or on another machine.
+
+    Args:
+        study: The study; in a storage that both ends reach.
+        every_s: Between two looks.
+        clock: Seconds that only grow.
+        shared: Whether several workers take commands from here, each what concerns its own trials. Then one that joins
+            makes no command stale and one that leaves ends nothing, and all take a change of policy.
+    """
+
+    foreign = True
+
+    def __init__(
+        self,
+        study: optuna.Study,
+        *,
+        every_s: float = 1.0,
+        clock: Callable[[], float] = time.monotonic,
+        shared: bool = False,
+    ) -> None:
+        self._study = study
+        self._shared = shared
+        self._every_s, self._clock = every_s, clock
+        self._looked_s = -every_s
+        self.attempt = 0
+        self._seen: set[str] = set()
+        self._is_away = False
+
+    def send(self, command: Command) -> Sent:
+        """Put a command there.
+
+        Raises:
+            ControlError: The search has ended.
+        """
+        told = self._study.user_attrs.get(ATTEMPT_ATTR)
+        if isinstance(told, Mapping):
+            if told.get("ended"):
+                raise ControlError(f"The search of study {self._study.study_name} runs no more: {told['ended']}.")
+            command = replace(command, attempt=told.get("attempt"))
+        if COMMAND_ATTR + command.id not in self._study.user_attrs:
+            self._study.set_user_attr(COMMAND_ATTR + command.id, command.to_json())
+        return Sent(command, lambda timeout_s: self._look(command.id, timeout_s))
+
+    def _look(self, name: str, timeout_s: float) -> Effect | None:
+        until = time.monotonic() + timeout_s
+        while True:
+            told = self._study.user_attrs.get(ANSWER_ATTR + name)
+            if isinstance(told, Mapping):
+                return Effect(told["effect"]["state"], told["effect"]["text"], told["effect"]["when_s"])
+            if time.monotonic() >= until:
+                return None
+            time.sleep(0.1)
+
+    def open(self) -> None:
+        """Begin an attempt."""
+        last = self._study.user_attrs.get(ATTEMPT_ATTR)
+        self.attempt = last["attempt"] if isinstance(last, Mapping) else 0
+        if not self._shared or last is None or last.get("ended"):
+            self.attempt += 1
+        self._study.set_user_attr(ATTEMPT_ATTR, {"attempt": self.attempt, "ended": None})
+
+    def take(self) -> list[Command]:
+        """What has come; a storage that is away for a while costs time, not the search."""
+        now = self._clock()
+        if now - self._looked_s < self._every_s:
+            return []
+        self._looked_s = now
+        try:
+            attributes = self._study.user_attrs
+        except Exception as error:  # every storage has its own kinds of errors
+            if not self._is_away:
+                _log.warning("The study cannot be asked for commands: %s", error)
+            self._is_away = True
+            return []
+        self._is_away = False
+        return self._list(attributes)
+
+    def _list(self, attributes: Mapping[str, Any]) -> list[Command]:
+        found = []
+        for key in sorted(key for key in attributes if key.startswith(COMMAND_ATTR)):
+            name = key.removeprefix(COMMAND_ATTR)
+            answered = ANSWER_ATTR + name in attributes
+            if name in self._seen or (answered and not self._shared):
+                continue
+            self._seen.add(name)
+            try:
+                command = Command.from_json(attributes[key])
+                if command.id != name:
+                    raise ControlError(f"its id is {command.id}")
+                if answered and command.verb != "set-policy":
+                    continue
+            except (ControlError, TypeError) as error:
+                _log.warning("The study's attribute %s is no command and is ignored: %s", key, error)
+                continue
+            found.append(command)
+        return found
+
+    def answer(self, command: Command, effect: Effect) -> None:
+        """Write it down in the study."""
+        told = {
+            "command": command.describe(),
+            "source": command.source,
+            "sent_s": command.when_s,
+            "attempt": self.attempt,
+            "effect": {"state": effect.state, "text": effect.text, "when_s": effect.when_s},
+        }
+        try:
+            self._study.set_user_attr(ANSWER_ATTR + command.id, told)
+        except Exception as error:  # every storage has its own kinds of errors
+            _log.warning("The answer to %s cannot be kept: %s", command.describe(), error)
+
+    def close(self, reason: str) -> None:
+        """Answer what has come in the last moment, and say that nobody listens any more."""
+        try:
+            if self._shared and self._others_go_on():
+                return
+            for command in self._list(self._study.user_attrs):
+                self.answer(command, Effect("refused", reason))
+            self._study.set_user_attr(ATTEMPT_ATTR, {"attempt": self.attempt, "ended": reason})
+        except Exception as error:  # every storage has its own kinds of errors
+            _log.warning("The study cannot be told that its search has ended: %s", error)
+
+    def _others_go_on(self) -> bool:
+        """Whether the search is neither over nor cancelled, so that a worker is there to take commands, or will be."""
+        live = [trial for trial in self._study.get_trials(deepcopy=False) if not trial.state.is_finished()]
+        return bool(live) and not self._study.user_attrs.get(CANCELLED_ATTR)

@@ -1,0 +1,98 @@
+"""A steered search that is killed and run again: each command has been applied once, and all goes on with it."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import shutil
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.executor import resumable
+from tests.executor.test_resume import killed, start
+
+pytestmark = pytest.mark.slow
+ALL = bool(os.environ.get("RAPIDFIRE_FAULTS"))
+"""Whether `make test-faults` asks for every fault."""
+OPTIONS = {"policy": "nop", "n_trials": 3, "steered": True}
+AGAIN = " (before the search was resumed)"
+MOMENTS = ["command.extended", "command.enqueued", "command.ruled", "command.policy", "command.enqueued@2"]
+MOMENTS += ["command.ruled@2", "command.ruled@3", "step@9", "checkpoint.renamed@2", "round.judged@2", "trial.ended@1"]
+
+
+def search(folder: Path, **options: Any) -> dict[str, Any]:
+    folder.mkdir(parents=True, exist_ok=True)
+    return resumable.run(folder / "out", f"sqlite:///{folder / 'study.db'}", **{**OPTIONS, **options})
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """The search that nobody kills."""
+    return search(tmp_path_factory.mktemp("whole"))
+
+
+def outcome(found: dict[str, Any]) -> dict[str, Any]:
+    """What a trial has come to, whoever trained beside it meanwhile: a trial that waits to be asked for may be numbered
+    otherwise, and knows itself by its parameters."""
+    told = [
+        {name: trial[name] for name in ("state", "params", "values", "adapter", "error")}
+        for trial in found["trials"].values()
+    ]
+    return {json.dumps(trial["params"]): trial for trial in told}
+
+
+def entries(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / "out" / "journal.jsonl").read_text().splitlines()]
+
+
+def test_what_the_script_does(whole: dict[str, Any]) -> None:
+    states = {number: (trial["state"], len(trial["values"])) for number, trial in whole["trials"].items()}
+    assert states == {
+        "0": ("COMPLETE", 4), "1": ("COMPLETE", 3), "2": ("STOPPED", 1), "3": ("COMPLETE", 3), "4": ("COMPLETE", 3)
+    }  # fmt: skip
+    assert whole["judges"] == ["", "Patience(Nop)"]
+    assert list(whole["commands"]) == ["extend", "clone", "pause", "policy", "add", "resume", "stop"]
+    assert whole["trials"]["0"]["verdicts"][:2] == [
+        [0, "pause", "paused by Python"],
+        [0, "continue", "resumed by Python"],
+    ]
+
+
+def test_killed_twice_and_run_again(whole: dict[str, Any], tmp_path: Path) -> None:
+    """Once when a clone has just been queued, once when the policy has just been swapped."""
+    killed(start(tmp_path, OPTIONS, failpoints="command.enqueued=kill"))
+    assert {"extend"} == {entry["command"] for entry in entries(tmp_path) if "command" in entry}
+    shutil.copytree(tmp_path, tmp_path / "copy", ignore=shutil.ignore_patterns("clones"))
+    killed(start(tmp_path, OPTIONS, failpoints="command.policy=kill"))
+    found = search(tmp_path)
+    assert outcome(found) == outcome(whole)
+    assert found["judges"] == ["", "Patience(Nop)"]
+    # The pause needed no second time: its trial was paused from the start.
+    once = {entry["command"] for entry in entries(tmp_path) if "command" in entry}
+    assert once == {"extend", "pause", "policy", "resume", "stop"}
+    assert sum("command" in entry for entry in entries(tmp_path)) == len(once)
+    assert found["commands"]["policy"].endswith(AGAIN)
+    assert not (tmp_path / "out" / "clones").exists()
+    # What the clone was to begin with is lost: it fails, and nobody else.
+    found = search(tmp_path / "copy")
+    assert [number for number, trial in found["trials"].items() if trial["state"] == "FAILED"] == ["2"]
+    assert found["trials"]["2"]["error"].endswith("is gone with the process that kept it. Clone again.")
+
+
+@pytest.mark.skipif(not ALL, reason="`make test-faults` runs it: minutes")
+@pytest.mark.parametrize(
+    "moments", [(moment,) for moment in MOMENTS] + list(itertools.product(MOMENTS[:4], MOMENTS[3:]))
+)
+def test_killed_at_every_moment(whole: dict[str, Any], tmp_path: Path, moments: tuple[str, ...]) -> None:
+    for moment in (*moments, ""):
+        where, _, count = moment.partition("@")
+        process = start(tmp_path, OPTIONS, failpoints=f"{where}=kill@{count or 1}" if moment else "")
+        out, err = process.communicate(timeout=300)
+        if process.returncode == 0:  # a moment that does not come again
+            break
+        assert process.returncode == -signal.SIGKILL, err[-3000:]
+    assert outcome(json.loads(out.splitlines()[-1])) == outcome(whole)
