@@ -19,7 +19,7 @@ from typing import Any
 import optuna
 import pytest
 
-from rapidfire_automl import RapidFireExecutor, SearchResult, in_background, run_search
+from rapidfire_automl import RapidFireExecutor, Search, SearchResult, in_background, run_search
 from rapidfire_automl.control import ControlError
 from rapidfire_automl.events import Event
 from rapidfire_automl.plan import Plan
@@ -188,7 +188,7 @@ def test_from_other_terminals(tmp_path: Path) -> None:
     try:
         wait_for(search, run_dir, lambda told: any(e["kind"] == "chunk_done" and e["chunk"] == 3 for e in told))
         sequence(search, tmp_path, run_dir)
-        refusals(tmp_path)
+        refusals(tmp_path, run_dir)
         raced(tmp_path, run_dir)
         assert say(tmp_path, "cancel", *FOLDER)[1].endswith(CANCELLED)
         assert search.wait(60) == 0
@@ -207,9 +207,8 @@ def test_from_other_terminals(tmp_path: Path) -> None:
     done = sum(e["kind"] == "chunk_done" for e in events[:cloned])
     before, after, untrained = source["values"][done - 1], clone["values"][0], summary["base_value"]
     assert abs(after - before) < 0.5 * abs(untrained - before), "it begins where its source is"
-    code, words = say(tmp_path, "pause", "0", *FOLDER)
-    assert code == 2
-    assert "runs no more: the search was cancelled" in words
+    with pytest.raises(ControlError, match="runs no more: the search was cancelled"):
+        Search(run_dir).pause(0)
     assert stat.S_IMODE((run_dir / "commands").stat().st_mode) == 0o700
 
 
@@ -232,16 +231,18 @@ def sequence(search: subprocess.Popen[str], folder: Path, run_dir: Path) -> None
     assert "applied: goes on, at step" in words
 
 
-def refusals(folder: Path) -> None:
+def refusals(folder: Path, run_dir: Path) -> None:
     """What can't be is said, and the exit code says so."""
-    for verb, why in (
-        (("resume", "0"), "trial 0 is training"),
-        (("stop", "7"), "trial 7 is unknown: there are 0 to 1"),
-        (("set-policy", "os:system"), "would import code"),
+    code, words = say(folder, "set-policy", "os:system", *FOLDER)
+    assert code == 1
+    assert "refused: `policy` 'os:system' would import code that the search has not been started with" in words
+    for sent, why in (
+        (Search(run_dir).resume(0), "trial 0 is training"),
+        (Search(run_dir).stop(7), "trial 7 is unknown: there are 0 to 1"),
     ):
-        code, words = say(folder, *verb, *FOLDER)
-        assert code == 1
-        assert f"refused: {why}" in words or why in words
+        effect = sent.wait(60)
+        assert effect is not None
+        assert (effect.state, effect.text) == ("refused", why)
 
 
 RACER = """
