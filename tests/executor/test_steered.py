@@ -12,6 +12,8 @@ from typing import Any
 
 import pytest
 
+from rapidfire_automl import Search
+from rapidfire_automl.control import Command
 from tests.executor import resumable
 from tests.executor.test_resume import killed, start
 
@@ -67,8 +69,14 @@ def test_killed_and_run_again(whole: dict[str, Any], tmp_path: Path) -> None:
     extended since its last checkpoint, which it has not."""
     killed(start(tmp_path, OPTIONS, failpoints="command.policy=kill"))
     shutil.copytree(tmp_path, tmp_path / "copy", ignore=shutil.ignore_patterns("clones"))
+    # Another terminal has sent these to the search that was killed; the second had been applied there.
+    other = Search(study="search", storage=f"sqlite:///{tmp_path / 'study.db'}")
+    stale, known = other.stop(1), other._send(Command("extend", 0, {"chunks": 1}, id="extend"))
     found = search(tmp_path)
     assert outcome(found) == outcome(whole)
+    assert {n: t["params"] for n, t in found["trials"].items()} == {n: t["params"] for n, t in whole["trials"].items()}
+    assert stale.effect is not None and stale.effect.text.startswith("stale: it was sent to attempt 1 of this search")
+    assert known.effect is not None and known.effect.applied and known.effect.text.endswith(AGAIN)
     assert found["judges"] == ["", "Patience(Nop)"]
     noted = sorted(entry["command"] for entry in entries(tmp_path) if "command" in entry)
     assert noted == ["extend", "pause", "policy", "resume", "stop"], "each once"
