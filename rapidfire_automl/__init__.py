@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from rapidfire_automl.search import SearchResult, run_search
     from rapidfire_automl.space import List, Range
     from rapidfire_automl.steering import Search, in_background
+    from rapidfire_automl.storages import open_storage
     from rapidfire_automl.stories import why
 
 __version__ = "0.1.0.dev0"
@@ -58,6 +59,7 @@ _MODULES = {
     "Search": "steering",
     "SearchResult": "search",
     "in_background": "steering",
+    "open_storage": "storages",
     "panel": "notebook",
     "reasoning_rows": "reasoning",
     "replay": "replay",
@@ -89,6 +91,7 @@ __all__ = [
     "SearchResult",
     "__version__",
     "in_background",
+    "open_storage",
     "panel",
     "reasoning_rows",
     "replay",

@@ -9,6 +9,7 @@ for the policy: that of its first attempt, or what `label` has given it, since O
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterable
 
 import optuna
 from optuna.trial import FrozenTrial
@@ -16,6 +17,12 @@ from optuna.trial import TrialState as OptunaState
 
 NUMBER_ATTR = "rapidfire:number"
 """The trial attribute that holds its number where that is not Optuna's."""
+COMMAND_ATTR = "rapidfire:command"
+"""The trial attribute that holds the id of the command that has asked for it."""
+PLACE_ATTR = "rapidfire:place"
+"""The trial attribute that holds which of the trials a search is to have it is."""
+TOKEN_ATTR = "rapidfire:token"
+"""The system attribute that tells a trial from another one like it."""
 _HISTORY = "retry_history"
 _FIRST = "failed_trial"
 
@@ -25,16 +32,17 @@ def number_of(trial: optuna.trial.BaseTrial | FrozenTrial) -> int:
     label = trial.user_attrs.get(NUMBER_ATTR)
     if label is not None:
         return int(label)
-    history = _history(trial)
+    history = history_of(trial)
     return history[0] if history else trial.number
 
 
 def attempt_of(trial: optuna.trial.BaseTrial | FrozenTrial) -> int:
     """Which attempt this is, from 1."""
-    return 1 + len(_history(trial))
+    return 1 + len(history_of(trial))
 
 
-def _history(trial: optuna.trial.BaseTrial | FrozenTrial) -> list[int]:
+def history_of(trial: optuna.trial.BaseTrial | FrozenTrial) -> list[int]:
+    """Optuna's numbers of the attempts before this one."""
     if isinstance(trial, optuna.Trial):
         attrs = trial.storage.get_trial_system_attrs(trial._trial_id)
     else:
@@ -48,10 +56,10 @@ def label(study: optuna.Study, trial: optuna.Trial | FrozenTrial) -> int:
     Returns:
         Its number; Optuna's own in a study without second attempts.
     """
-    if _history(trial):
+    if history_of(trial):
         return number_of(trial)
-    earlier = [other for other in study.get_trials(deepcopy=False) if other.number < trial.number]
-    number = sum(not _history(other) for other in earlier)
+    earlier = [other for other in counted(study.get_trials(deepcopy=False)) if other.number < trial.number]
+    number = sum(not history_of(other) for other in earlier)
     if isinstance(trial, optuna.Trial):
         if number != trial.number:
             trial.set_user_attr(NUMBER_ATTR, number)
@@ -60,10 +68,37 @@ def label(study: optuna.Study, trial: optuna.Trial | FrozenTrial) -> int:
     return number
 
 
+def counted(trials: Iterable[FrozenTrial]) -> list[FrozenTrial]:
+    """Trials in the order of Optuna's numbers, without doubles.
+
+    Two processes may put a new attempt in a dead one's place at the same moment, do the same command, or queue what a
+    search is to have, and one that lost its connection can't know whether its trial was made. Of several that follow
+    the same attempt, or have the same place, command or call, the first counts; which that is every process sees alike,
+    since numbers only grow.
+    """
+    seen: set[tuple[str, object]] = set()
+    numbers: set[int] = set()
+    found = []
+    for trial in sorted(trials, key=lambda trial: trial.number):
+        history = history_of(trial)
+        keys: list[tuple[str, object]] = []
+        if history:
+            keys.append((_HISTORY, history[-1]))
+        else:
+            keys += [(name, trial.user_attrs[name]) for name in (COMMAND_ATTR, PLACE_ATTR) if name in trial.user_attrs]
+        if TOKEN_ATTR in trial.system_attrs:
+            keys.append((TOKEN_ATTR, trial.system_attrs[TOKEN_ATTR]))
+        if seen.isdisjoint(keys) and (not history or history[-1] in numbers):
+            numbers.add(trial.number)
+            found.append(trial)
+        seen.update(keys)
+    return found
+
+
 def last_attempts(study: optuna.Study) -> dict[int, FrozenTrial]:
     """The last attempt at each trial, by the trial's number."""
     last: dict[int, FrozenTrial] = {}
-    for trial in study.get_trials(deepcopy=False):
+    for trial in counted(study.get_trials(deepcopy=False)):
         last[number_of(trial)] = trial
     return dict(sorted(last.items()))
 

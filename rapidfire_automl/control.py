@@ -1,6 +1,6 @@
 """Steering a search while it runs: one set of verbs, whoever speaks them. Torch-free.
 
-A `Command` is data: a verb, a trial, arguments. It reaches the search through a mailbox (`mailboxes.py`: memory, run
+A `Command` is data: a verb, a trial, arguments. It reaches the search through a mailbox (`mailboxes/`: memory, run
 folder, Optuna study), is applied once, at the next safe step boundary of the trial it is about, and is answered with an
 `Effect`. `Controls` are the verbs as methods: `RapidFireExecutor`, `Experiment`, `AutoML` and `Search` have them.
 
@@ -28,8 +28,8 @@ Each race has one answer:
 | a command for a trial that trains in another process | left alone for that process |
 
 Who may steer is who may write where commands are read (`mailboxes`): there is no other lock, and no other need of one,
-since a command is data. It can't name code: a policy from outside is one of `rapidfire_policies`, or of a class that
-the search was started with; only the search's own process may set any.
+since a command is data. It can't name code: a policy from outside is one of `rapidfire_policies`, or of a class the
+search was started with; only the search's own process may set any.
 """
 
 from __future__ import annotations

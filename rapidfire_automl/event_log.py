@@ -22,6 +22,8 @@ _log = logging.getLogger("rapidfire_automl")
 
 FILE = "events.jsonl"
 """Its name in the run folder."""
+WORKERS = "workers"
+"""Where several workers on one search have a folder each."""
 
 _BLOCK_BYTES = 65536
 _sync = getattr(os, "fdatasync", os.fsync)
@@ -121,11 +123,13 @@ class Line:
         seq: Its number; 0 where the line has none.
         time: The wall clock, ISO 8601 in UTC; "" where the line has none.
         event: The event. Its `data` is plain JSON: NaN and infinities are text.
+        worker: The worker that tells it, where there are several.
     """
 
     seq: int
     time: str
     event: Event
+    worker: str = ""
 
 
 @dataclass(frozen=True)
@@ -144,7 +148,7 @@ class Log:
 
 
 def read_events(run_dir: str | os.PathLike[str]) -> Log:
-    """Read the events of a run folder; a search may be writing them.
+    """Read the events of a run folder; a search may be writing them. Those of several workers come in order of time.
 
     Args:
         run_dir: The run folder.
@@ -155,16 +159,26 @@ def read_events(run_dir: str | os.PathLike[str]) -> Log:
     folder = Path(run_dir)
     if not folder.is_dir():
         raise ValueError(f"`run_dir` must be a run folder, there is no folder {folder}.")
+    shared = sorted((folder / WORKERS).glob(f"*/{FILE}"))
+    if shared and not (folder / FILE).exists():
+        logs = [_read(path, path.parent.name) for path in shared]
+        lines = sorted((line for log in logs for line in log.lines), key=lambda line: line.time)
+        damaged = tuple(number for log in logs for number in log.damaged)
+        return Log(tuple(lines), torn=any(log.torn for log in logs), damaged=damaged)
+    return _read(folder / FILE)
+
+
+def _read(path: Path, worker: str = "") -> Log:
     try:
-        text = (folder / FILE).read_bytes()
+        text = path.read_bytes()
     except OSError as error:
         raise ValueError(
-            f"`run_dir` must hold {FILE}, {folder} has none that can be read: {error.strerror}."
+            f"`run_dir` must hold {FILE}, {path.parent} has none that can be read: {error.strerror}."
         ) from error
     lines, damaged = [], []
     *whole, rest = text.split(b"\n")
     for number, raw in enumerate(whole, start=1):
-        line = _parse(raw)
+        line = _parse(raw, worker)
         if line is not None:
             lines.append(line)
         elif raw.strip():
@@ -180,24 +194,30 @@ class Follower:
     """
 
     def __init__(self, run_dir: str | os.PathLike[str]) -> None:
-        self._path = Path(run_dir) / FILE
-        self._at = 0
+        self._folder = Path(run_dir)
+        self._at: dict[Path, int] = {}
 
     def read(self) -> list[Event]:
         """What has been written since the last call; a line that is half written is left for the next."""
+        files = [self._folder / FILE, *sorted((self._folder / WORKERS).glob(f"*/{FILE}"))]
+        lines = [line for path in files for line in self._read(path)]
+        return [line.event for line in (sorted(lines, key=lambda line: line.time) if len(files) > 1 else lines)]
+
+    def _read(self, path: Path) -> list[Line]:
+        at = self._at.get(path, 0)
         try:
-            with self._path.open("rb") as file:
-                file.seek(self._at)
+            with path.open("rb") as file:
+                file.seek(at)
                 whole = file.read().rpartition(b"\n")[0]
         except OSError:
             return []
         if not whole:
             return []
-        self._at += len(whole) + 1
-        return [line.event for line in map(_parse, whole.split(b"\n")) if line is not None]
+        self._at[path] = at + len(whole) + 1
+        return [line for line in map(_parse, whole.split(b"\n")) if line is not None]
 
 
-def _parse(raw: bytes) -> Line | None:
+def _parse(raw: bytes, worker: str = "") -> Line | None:
     """The line, or None where it is no event."""
     try:
         entry = json.loads(raw)
@@ -217,6 +237,7 @@ def _parse(raw: bytes) -> Line | None:
             chunk if _is_int(chunk) else None,
             data if isinstance(data, dict) else {},
         ),
+        worker,
     )
 
 

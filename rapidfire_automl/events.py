@@ -33,6 +33,12 @@ class Event:
     - `checkpoint_damaged`: `reason`. It goes on from an older one.
     - `writing_paused`: `reason`. The disk is full.
     - `out_of_memory`: `budget_tokens` (the new one); with a trial, it alone did not fit.
+    - `elsewhere`: `of` (a trial), `worker` (who has it), `state`, `chunk`, `value`, `params`. How another worker's
+      trial fares, as the study tells.
+    - `trial_orphaned`: `of`, `worker`. A worker has gone, or been silent for too long; its trial is there to be taken.
+    - `trial_lost`: `worker`. This worker was silent for too long; that one has the trial now, and what this one said
+      of it since does not count.
+    - `storage_away`: `seconds` so far, `reason`; `storage_back`: `seconds`. The study can't be reached, and can again.
     - `warning`: `message`.
     - `search_ended`: `status` ("complete", "failed", "interrupted", "crashed"); missing where the process was killed.
 

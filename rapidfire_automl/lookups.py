@@ -9,8 +9,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import optuna
-
 from rapidfire_automl.settings import SettingsError
 
 FACTS = "search.json"
@@ -29,17 +27,6 @@ def load(name: str, key: str) -> Any:
 def no_such(key: str, name: str, known: Sequence[str]) -> str:
     """One line that says what `key` may be."""
     return f'`{key}` must be one of {", ".join(known)} or "package.module:Name", got "{name}".'
-
-
-def storage(text: str | None) -> str | optuna.storages.BaseStorage | None:
-    """A URL is taken as it is; a file is a journal if it ends in .log, else SQLite."""
-    if text is None or "://" in text:
-        return text
-    if text.endswith(".log"):
-        from optuna.storages.journal import JournalFileBackend
-
-        return optuna.storages.JournalStorage(JournalFileBackend(text))
-    return f"sqlite:///{text}"
 
 
 def new_run_dir(given: str | None, name: str) -> Path:

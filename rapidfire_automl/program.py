@@ -16,21 +16,23 @@ from typing import TYPE_CHECKING, Any
 
 import optuna
 
-from rapidfire_automl import rl
+from rapidfire_automl import rl, sharing
 from rapidfire_automl import space as spaces
 from rapidfire_automl.attempts import number_of
 from rapidfire_automl.data import check_files, load_data
+from rapidfire_automl.errors_of_storages import redacted
 from rapidfire_automl.events import Listener
 from rapidfire_automl.fields import TRAINERS, args_defaults, check_fields, eval_sampling
 from rapidfire_automl.hints import unknown
 from rapidfire_automl.jsonable import dumps
-from rapidfire_automl.lookups import FACTS, check_base, find_base, first_line, load, no_such, run_dir_of, storage
+from rapidfire_automl.lookups import FACTS, check_base, find_base, first_line, load, no_such, run_dir_of
 from rapidfire_automl.metrics import METRICS
 from rapidfire_automl.rewards import RewardFunc, as_rewards, check_columns
 from rapidfire_automl.samplers import ChunkSampler
 from rapidfire_automl.search import SearchResult, run_search
 from rapidfire_automl.settings import GENERATING, Settings, SettingsError
 from rapidfire_automl.space import Space
+from rapidfire_automl.storages import StorageError, open_storage, shown
 from rapidfire_automl.tables import Plugin
 
 if TYPE_CHECKING:
@@ -63,6 +65,7 @@ class Program:
         run_dir: Where the search will be written; not made yet.
         rewards: The reward functions, of trainers that generate.
         facts: What is searched, to tell the search that goes on from another one.
+        files: Where the files it names are looked up first.
     """
 
     settings: Settings
@@ -75,6 +78,7 @@ class Program:
     run_dir: Path
     rewards: tuple[RewardFunc, ...] = ()
     facts: Mapping[str, Any] = field(default_factory=dict)
+    files: Path = Path()
 
     @property
     def n_trials(self) -> int:
@@ -84,20 +88,25 @@ class Program:
         return self.settings.search.n_trials
 
 
-def prepare(settings: Settings, folder: Path, name: str = "search") -> Program:
+def prepare(settings: Settings, folder: Path, name: str = "search", run_dir: Path | None = None) -> Program:
     """Check everything that can be checked without a model.
 
     Args:
         settings: A search file.
         folder: Its folder, where the files it names are looked up first.
         name: Names the run folder where the file does not: `runs/<name>`, or `runs/<name>-2` when that is taken.
+        run_dir: The folder of a shared search that others have begun.
 
     Raises:
         SettingsError: What is wrong, one line per mistake.
     """
     check_files(settings, folder)
     facts = _facts(settings)
-    run_dir = run_dir_of(settings.output.dir, name, facts)
+    if run_dir is None and settings.search.shared:
+        run_dir = Path(settings.output.dir or f"runs/{settings.search.study}")
+    if run_dir is None:
+        run_dir = run_dir_of(settings.output.dir, name, facts)
+    files = folder
     sampler, pruner = build_sampler(settings), build_pruner(settings)
     metric = _metric(settings)
     rewards = _rewards(settings, folder)
@@ -109,16 +118,22 @@ def prepare(settings: Settings, folder: Path, name: str = "search") -> Program:
         if rewards:
             _check_rows(key, rows, rewards)
     _check_steps(settings, space, len(train))
-    program = Program(settings, space, train, held_out, sampler, pruner, metric, run_dir, rewards, facts)
+    program = Program(settings, space, train, held_out, sampler, pruner, metric, run_dir, rewards, facts, files)
     _try_out(program)
     check_base(base)
     return program
 
 
-def execute(program: Program, listeners: Sequence[Listener] = ()) -> SearchResult:
-    """Run a checked search; see `run_search` for what it writes and raises."""
+def execute(program: Program, listeners: Sequence[Listener] = (), *, joins: bool = False) -> SearchResult:
+    """Run a checked search; see `run_search` for what it writes and raises.
+
+    Args:
+        program: What to run.
+        listeners: Called with every event.
+        joins: Whether others have begun it.
+    """
     settings = program.settings
-    study = build_study(program)
+    study = build_study(program, joins=joins)
     try:
         executor = build_executor(program)
     except ValueError as error:
@@ -133,11 +148,12 @@ def execute(program: Program, listeners: Sequence[Listener] = ()) -> SearchResul
         listeners=listeners,
         mlflow_experiment=settings.output.mlflow,
         facts={
-            "settings": settings.model_dump(),
+            "settings": without_passwords(settings.model_dump()),
             "train_examples": len(program.train),
             "eval_examples": len(program.held_out),
         },
         own=True,
+        shared=settings.search.shared,
     )
 
 
@@ -167,6 +183,7 @@ def build_executor(program: Program) -> RapidFireExecutor:
         eval_batch_size=search.eval_batch_size,
         eval_sampling=eval_sampling(program.settings, program.space) if program.rewards else None,
         output_dir=program.run_dir,
+        storage_patience_s=search.storage_patience_s,
     )
 
 
@@ -197,15 +214,22 @@ def build_objective(program: Program, executor: Any) -> Callable[[optuna.Trial],
     return build
 
 
-def build_study(program: Program) -> optuna.Study:
+def build_study(program: Program, *, joins: bool = False) -> optuna.Study:
     """A new study, or that of the search that goes on; with `sampler = "grid"` its trials wait in it."""
     search = program.settings.search
     goes_on = (program.run_dir / FACTS).exists()
     program.run_dir.mkdir(parents=True, exist_ok=True)
+    if search.shared:
+        grid = [point.params for point in program.space.grid()] if search.sampler.name == "grid" else []
+        base = program.settings.base.model_copy(update={"model": program.facts["base.model"]})  # found elsewhere there
+        settings = program.settings.model_copy(update={"base": base})
+        shared = sharing.Shared(settings, program.files, program.run_dir, program.facts)
+        n_trials = None if joins else program.n_trials
+        return sharing.join(shared, program.sampler, program.pruner, n_trials, grid)
     where = search.storage or str((program.run_dir / "study.db").absolute())
     try:
         study = optuna.create_study(
-            storage=storage(where),
+            storage=open_storage(where, patience_s=search.storage_patience_s),
             study_name=search.study or "search",
             load_if_exists=goes_on,
             direction=program.settings.direction,
@@ -213,9 +237,13 @@ def build_study(program: Program) -> optuna.Study:
             pruner=program.pruner,
         )
     except optuna.exceptions.DuplicatedStudyError:
+        where = shown(where)
         raise SettingsError(f"`search.study`: {where} already has a study {search.study}; take another name.") from None
+    except StorageError as error:
+        raise SettingsError(f"`search.storage`: {error}") from None
     except Exception as error:  # every storage has its own kinds of errors
-        raise SettingsError(f"`search.storage`: {where} cannot be opened: {first_line(error)}") from error
+        why = redacted(first_line(error))
+        raise SettingsError(f"`search.storage`: {shown(where)} cannot be opened: {why}") from error
     if search.sampler.name == "grid" and not study.get_trials(deepcopy=False):
         for point in program.space.grid():
             study.enqueue_trial(point.params)
@@ -229,9 +257,20 @@ def _facts(settings: Settings) -> dict[str, Any]:
     for table, value in settings.model_dump(mode="json").items():
         entries = value.items() if isinstance(value, dict) else [("", value)]
         facts.update({f"{table}.{key}".rstrip("."): inner for key, inner in entries})
-    free = ("search.n_trials", "search.slots", "search.timeout_s", "output.dir", "output.mlflow")
-    plain: dict[str, Any] = json.loads(dumps({key: value for key, value in facts.items() if key not in free}))
+    free = ("n_trials", "slots", "timeout_s", "heartbeat_s", "grace_s", "storage_patience_s", "shared")
+    ignored = (*(f"search.{key}" for key in free), "output.dir", "output.mlflow")
+    if settings.search.shared:  # each worker may come to it by another way, and sees its files elsewhere
+        ignored = (*ignored, "search.storage", "base.device")
+    plain: dict[str, Any] = json.loads(dumps({key: value for key, value in facts.items() if key not in ignored}))
+    if plain.get("search.storage"):
+        plain["search.storage"] = shown(plain["search.storage"])
     return plain
+
+
+def without_passwords(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings as they may be written down."""
+    where = settings["search"]["storage"]
+    return {**settings, "search": {**settings["search"], "storage": None if where is None else shown(where)}}
 
 
 def build_sampler(settings: Settings) -> optuna.samplers.BaseSampler:

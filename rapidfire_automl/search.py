@@ -16,10 +16,11 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from optuna.study import StudyDirection
 
-from rapidfire_automl.event_log import FILE, EventLog
+from rapidfire_automl.event_log import FILE, WORKERS, EventLog
 from rapidfire_automl.events import Event, Listener
 from rapidfire_automl.jsonable import dumps, jsonable
 from rapidfire_automl.mailboxes import FolderMailbox
+from rapidfire_automl.patience import StorageAway
 from rapidfire_automl.rankings import generates, rank
 from rapidfire_automl.versions import installed
 from rapidfire_policies.base import TrialState
@@ -144,6 +145,7 @@ def run_search(
     mlflow_experiment: str | None = None,
     facts: Mapping[str, object] | None = None,
     own: bool = False,
+    shared: bool = False,
 ) -> SearchResult:
     """Search, and write `events.jsonl`, `summary.json`, `plan.json`, `curves.png` and `timeline.png`.
 
@@ -162,6 +164,8 @@ def run_search(
         facts: Entries to add to the summary (settings, data set, ...); they do not replace ours.
         own: Whether to enter and close the executor here, so that loading the base is timed and its events are kept;
             else both are the caller's.
+        shared: Whether other workers search the same study (`RapidFireExecutor.work`). Each then has its events in
+            `workers/<its name>/events.jsonl` of the run folder, and who comes to the end last has the whole summary.
 
     While it runs it can be steered: from this process by the executor's verbs, from others by `Search(run_dir)` and
     the command line.
@@ -183,16 +187,20 @@ def run_search(
     before = set(executor.records)
     tracker = _mlflow(mlflow_experiment, run_dir)
     maximize = study.direction is StudyDirection.MAXIMIZE
-    with EventLog(run_dir / FILE, [*([tracker] if tracker else []), *listeners]) as log:
+    folder = run_dir
+    if shared:
+        folder = run_dir / WORKERS / executor.worker.name  # type: ignore[attr-defined]
+        folder.mkdir(parents=True, exist_ok=True)
+    with EventLog(folder / FILE, [*([tracker] if tracker else []), *listeners]) as log:
         log(_started(executor, study, n_trials))
         executor.add_listener(log)
-        if hasattr(executor, "add_mailbox"):
+        if hasattr(executor, "add_mailbox") and not shared:
             executor.add_mailbox(FolderMailbox(run_dir))
         with executor if own else nullcontext():
             status = "crashed"
             try:
-                status = _optimize(executor, study, objective, n_trials, timeout_s, before)
-            except SystemExit:  # SIGTERM
+                status = _optimize(executor, study, objective, None if shared else n_trials, timeout_s, before)
+            except (SystemExit, StorageAway):  # SIGTERM, or the study can't be reached
                 status = "interrupted"
                 raise
             finally:
@@ -213,18 +221,25 @@ def _optimize(
     executor: Executor,
     study: optuna.Study,
     objective: Callable[..., Any],
-    n_trials: int,
+    n_trials: int | None,
     timeout_s: float | None,
     before: set[int],
 ) -> str:
-    """Drive the executor; how it ended: "complete", "cancelled", "failed" (every trial) or "interrupted"."""
+    """Drive the executor, with others where `n_trials` is None.
+
+    Returns:
+        How it ended: "complete", "cancelled", "failed" (every trial) or "interrupted".
+    """
 
     def all_failed() -> bool:
         states = [record.state for number, record in executor.records.items() if number not in before]
         return bool(states) and all(state is TrialState.FAILED for state in states)
 
     try:
-        executor.optimize(study, objective, n_trials=n_trials, timeout_s=timeout_s)
+        if n_trials is None:
+            executor.work(study, objective, timeout_s=timeout_s)  # type: ignore[attr-defined]
+        else:
+            executor.optimize(study, objective, n_trials=n_trials, timeout_s=timeout_s)
     except KeyboardInterrupt:
         return "interrupted"
     except RuntimeError:

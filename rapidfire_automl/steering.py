@@ -68,6 +68,8 @@ class Search(Controls):
         if run_dir is not None:
             self._follower = Follower(run_dir)
             self._mailbox = FolderMailbox(run_dir)
+            if (self._mailbox.run_dir / "workers").is_dir():
+                raise ControlError(f"Several workers search in {run_dir}: name their study and its storage instead.")
             if self._mailbox.listener() is None and not (self._mailbox.run_dir / "events.jsonl").exists():
                 raise ControlError(f"{run_dir} is no run folder: it has no events.jsonl.")
         else:
@@ -160,11 +162,17 @@ def in_background(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Fu
 def _load_study(study: Any, storage: Any) -> optuna.Study:
     import optuna
 
+    from rapidfire_automl.errors_of_storages import redacted
+    from rapidfire_automl.storages import open_storage, shown
+
     if isinstance(study, optuna.Study):
         return study
     if storage is None:
         raise ControlError(f"`storage` must be given beside study {study!r}, like sqlite:///study.db.")
     try:
-        return optuna.load_study(study_name=study, storage=storage)
+        opened = open_storage(storage) if isinstance(storage, str) else storage
+        return optuna.load_study(study_name=study, storage=opened)
     except Exception as error:  # every storage has its own kinds of errors
-        raise ControlError(f"Study {study!r} cannot be opened in {storage}: {error}") from error
+        where = shown(storage) if isinstance(storage, str) else type(storage).__name__
+        why = redacted(str(error)) or type(error).__name__
+        raise ControlError(f"Study {study!r} cannot be opened in {where}: {why}") from None

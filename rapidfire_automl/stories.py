@@ -128,6 +128,7 @@ class Search:
         self._study: object = None
         self._status: str | None = None
         self._time = ""
+        self._workers: set[str] = set()
 
     def take(self, line: Line) -> None:
         """Take a line in; they come in the order of the file."""
@@ -138,12 +139,14 @@ class Search:
             self._commands.add(name)
         if event.kind == "search_started":
             self._start(event.data)
+            self._workers.add(line.worker)
         elif event.kind == "search_ended":
-            self._status = str(event.data.get("status"))
+            self._workers.discard(line.worker)
+            self._status = None if self._workers else str(event.data.get("status"))
         elif event.kind == "command" and event.trial is None and event.data.get("verb") == "cancel":
             self.cancel = event
         elif event.trial is not None:
-            self.stories.setdefault(event.trial, Story(event.trial)).take(event)
+            self.stories.setdefault(event.trial, Story(event.trial)).take(event, line.worker)
 
     def _start(self, about: Mapping[str, Any]) -> None:
         if about.get("study") != self._study:  # the same one goes on
@@ -169,6 +172,7 @@ class Story:
     chunk: int = 0
     values: dict[int, Any] = field(default_factory=dict)
     attempt: int = 1
+    worker: str = ""
     verdict: Event | None = None
     command: Event | None = None
     ruling: str = ""
@@ -178,10 +182,13 @@ class Story:
     extended: int = 0
     adapter: str = ""
 
-    def take(self, event: Event) -> None:
-        """Take an event of this trial in."""
+    def take(self, event: Event, worker: str = "") -> None:
+        """Take an event of this trial in; one from a worker whose trial others have taken over does not count."""
         data = event.data
+        if event.kind not in ("trial_started", "trial_resumed") and worker != self.worker:
+            return
         if event.kind in ("trial_started", "trial_resumed"):
+            self.worker = worker
             self.state, self.reason = "running", ""
             self.chunks = max(self.chunks, len(data.get("boundaries") or ()))
             self.origin = _origin(data) or self.origin

@@ -177,7 +177,10 @@ def _named_or(default: str) -> BeforeValidator:
 
 
 class Search(Table):
-    """`[search]`: how many trials, how they are judged, and by whom the next one is proposed."""
+    """`[search]`: how many trials, how they are judged, and by whom the next one is proposed.
+
+    With `shared` several workers search `study` in `storage`; one that has been silent for `grace_s` is taken for dead.
+    """
 
     n_trials: int = Field(default=16, ge=1)
     slots: int = Field(default=8, ge=1)
@@ -191,7 +194,17 @@ class Search(Table):
     policy: Annotated[Plugin, _named_or("auto")] = Plugin(name="auto")
     storage: str | None = None
     study: str | None = None
+    shared: bool = False
+    heartbeat_s: int = Field(default=30, ge=1)
+    grace_s: int = Field(default=120, ge=2)
+    storage_patience_s: float = Field(default=600.0, ge=0)
     timeout_s: float | None = Field(default=None, gt=0)
+
+    @model_validator(mode="after")
+    def _where_workers_meet(self) -> Self:
+        if self.shared and not (self.storage and self.study):
+            raise ValueError("`shared` needs `storage` and `study`: there the workers meet.")
+        return self
 
 
 class Output(Table):

@@ -1,4 +1,4 @@
-"""The command line: `rapidfire-automl run search.toml`, `demo`, `doctor`, `why`, `version`, and verbs that steer."""
+"""The command line: `rapidfire-automl run search.toml`, `worker`, `demo`, `doctor`, `why`, `version`, and verbs."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from rapidfire_automl.cli.doctor import doctor
 from rapidfire_automl.cli.run import run
 from rapidfire_automl.cli.steer import COMMANDS
 from rapidfire_automl.cli.why import why
+from rapidfire_automl.cli.worker import worker
 
 app = typer.Typer(
     name="rapidfire-automl",
@@ -20,6 +21,7 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 app.command()(run)
+app.command()(worker)
 app.command()(demo)
 app.command()(demo_grpo)
 app.command()(doctor)

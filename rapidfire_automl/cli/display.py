@@ -20,6 +20,7 @@ _VERDICT_STYLE = {"continue": "green", "pause": "yellow", "stop": "red", "comple
 _STATE_STYLE = {"running": "cyan", "paused": "yellow", "complete": "bold green", "failed": "red"}
 """Of the others: dim."""
 _STATE_NAME = {"pruned": "stopped"}
+_OF_WORKERS = ("elsewhere", "storage_away", "storage_back", "trial_orphaned", "trial_lost")
 _COSTS = ("generated", "trained", "seconds")
 _EIGHTHS = " ▏▎▍▌▋▊▉"
 
@@ -67,6 +68,8 @@ class PlainLines:
             yield f"plan: {data.get('reason', '')}"
         elif event.kind == "out_of_memory":
             yield f"out of memory: passes now have at most {data['budget_tokens']} tokens"
+        elif event.kind in _OF_WORKERS:
+            yield from self._of_workers(event)
         elif event.kind == "warning":
             yield f"warning: {data['message']}" if trial is None else f"warning: trial {trial}: {data['message']}"
         elif event.kind == "command":
@@ -87,12 +90,25 @@ class PlainLines:
             yield f"{chunk}, {data['verdict']}{reason}{self._progress()}"
         elif event.kind == "trial_ended":
             yield from self._flush(trial)
-            if data.get("reason") == ENDED_WITH_SEARCH:
-                yield f"trial {trial} ended with the search"
-            elif data["state"] == "failed":
-                yield f"trial {trial} failed: {data.get('reason', '')}"
-            elif data["state"] == "complete":
-                yield f"trial {trial} is complete: {number(data.get('value'))}"
+            yield from self._end(event)
+
+    def _end(self, event: Event) -> Iterable[str]:
+        data, trial = event.data, event.trial
+        if data.get("reason") == ENDED_WITH_SEARCH:
+            yield f"trial {trial} ended with the search"
+        elif data["state"] == "failed":
+            yield f"trial {trial} failed: {data.get('reason', '')}"
+        elif data["state"] == "complete":
+            yield f"trial {trial} is complete: {number(data.get('value'))}"
+
+    def _of_workers(self, event: Event) -> Iterable[str]:
+        """Of other workers' trials, and of the storage where they meet."""
+        data = event.data
+        if event.kind != "elsewhere":
+            yield self._view.warnings[-1]
+            return
+        state = _STATE_NAME.get(data["state"], data["state"])
+        yield f"trial {data['of']} at {data['worker']}: {state}, chunk {data['chunk']}, {number(data['value'])}"
 
     def _flush(self, trial: int) -> Iterable[str]:
         """The chunk nobody judged: a policy may leave a trial out."""
@@ -180,6 +196,8 @@ def table(view: SearchView, rows: Iterable[Row]) -> Table:
     grid.add_column("value", justify="right", no_wrap=True)
     for name in _COSTS if view.generates else ():
         grid.add_column(name, justify="right", no_wrap=True)
+    if shared := any(row.worker for row in view.rows.values()):
+        grid.add_column("worker", no_wrap=True, overflow="ellipsis", max_width=20)
     grid.add_column("state", no_wrap=True)
     grid.add_column("verdict", no_wrap=True, overflow="ellipsis", ratio=4, min_width=12)
     best = view.best
@@ -195,6 +213,7 @@ def table(view: SearchView, rows: Iterable[Row]) -> Table:
             bar(row, view.chunks),
             Text(number(row.value), style=_value_style(row, view, is_best=is_best)),
             *(Text(text, style=fade) for text in (_costs(row) if view.generates else ())),
+            *((Text(row.worker or "this one", style="dim"),) if shared else ()),
             Text(_STATE_NAME.get(row.state, row.state), style=_STATE_STYLE.get(row.state, "dim")),
             verdict,
         )

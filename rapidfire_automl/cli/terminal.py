@@ -16,6 +16,7 @@ from rich.console import Console
 from rapidfire_automl.cli.report import show_result
 from rapidfire_automl.control import ControlError
 from rapidfire_automl.jsonable import dumps
+from rapidfire_automl.patience import StorageAway
 from rapidfire_automl.search import SearchFailed, SearchInterrupted, SearchResult
 from rapidfire_automl.settings import SettingsError
 
@@ -102,6 +103,8 @@ class Terminal:
             raise self._end("Interrupted; finished trials are kept.", INTERRUPTED) from error
         except KeyboardInterrupt as error:
             raise self._end("Interrupted.", INTERRUPTED) from error
+        except StorageAway as error:
+            raise self._end(str(error), FAILED) from error
         except ImportError as error:
             raise self._end(str(error), BAD_INPUT) from error
         except typer.Exit:

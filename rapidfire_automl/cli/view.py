@@ -31,6 +31,8 @@ class Row:
     generated: int = 0
     tokens: int = 0
     seconds: float = 0.0
+    worker: str = ""
+    """Which other worker has it, where there are several."""
 
     @property
     def progress(self) -> float:
@@ -79,6 +81,14 @@ class SearchView:
             self.warnings.append(str(event.data["message"]))
         elif event.kind == "command":
             self._about_command(event)
+        elif event.kind == "elsewhere":
+            self._about_another(event)
+        elif event.kind == "storage_away":
+            self.warnings.append(f"The study's storage is away ({event.data['reason']}); training goes on meanwhile.")
+        elif event.kind == "storage_back":
+            self.warnings.append(f"The study's storage is back after {event.data['seconds']:.0f} s.")
+        elif event.kind == "trial_orphaned":
+            self.warnings.append(f"Trial {event.data['of']} is left behind by {event.data['worker'] or 'its worker'}.")
         elif event.kind == "out_of_memory":
             self.warnings.append(f"Out of memory; passes now have at most {event.data['budget_tokens']} tokens.")
 
@@ -87,6 +97,12 @@ class SearchView:
         if event.kind == "trial_started":
             self._training_since_s = self._training_since_s or time.monotonic()
             row.params, row.boundaries = data["params"], tuple(data.get("boundaries", ()))
+        elif event.kind == "trial_resumed":
+            row.params, row.boundaries = data["params"], tuple(data.get("boundaries", ()))
+            row.state, row.chunk, row.worker = "running", event.chunk or 0, ""
+        elif event.kind == "trial_lost":
+            row.worker = str(data["worker"])
+            self.warnings.append(f"Trial {row.number} was taken over by {row.worker or 'another worker'} meanwhile.")
         elif event.kind == "step":
             row.step = data["step"]
         elif event.kind == "chunk_done":
@@ -106,6 +122,14 @@ class SearchView:
             self._about_command(event)
         elif event.kind == "warning":
             self.warnings.append(f"Trial {row.number}: {data['message']}")
+
+    def _about_another(self, event: Event) -> None:
+        """How another worker's trial fares."""
+        data = event.data
+        row = self.rows.setdefault(data["of"], Row(data["of"]))
+        row.worker, row.params = str(data["worker"]), data["params"]
+        row.chunk, row.value = data["chunk"], data["value"]
+        row.state = "pruned" if data["state"] == "stopped" else data["state"]
 
     def _about_command(self, event: Event) -> None:
         """Somebody has stepped in."""

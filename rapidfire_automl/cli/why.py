@@ -9,7 +9,7 @@ import typer
 
 from rapidfire_automl.cli.run import Debug
 from rapidfire_automl.cli.terminal import Terminal
-from rapidfire_automl.event_log import FILE, Log, read_events
+from rapidfire_automl.event_log import FILE, WORKERS, Log, read_events
 from rapidfire_automl.settings import SettingsError
 from rapidfire_automl.stories import explain
 
@@ -57,9 +57,11 @@ def newest_run(here: Path) -> Path:
     Raises:
         SettingsError: There is none.
     """
-    if (here / FILE).is_file():
+    if (here / FILE).is_file() or any((here / WORKERS).glob(f"*/{FILE}")):
         return here
-    found = [(file.stat().st_mtime, file.parent) for file in (here / "runs").glob(f"*/{FILE}")]
+    runs = here / "runs"
+    found = [(file.stat().st_mtime, file.parent) for file in runs.glob(f"*/{FILE}")]
+    found += [(file.stat().st_mtime, file.parents[2]) for file in runs.glob(f"*/{WORKERS}/*/{FILE}")]
     if not found:
         raise SettingsError(f"`--run` is needed: neither this folder nor any in runs/ has {FILE}.")
     return max(found)[1]

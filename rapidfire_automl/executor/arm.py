@@ -41,6 +41,8 @@ class Arm:
         final: The verdict on the last of them, where an earlier process has ended it there.
         restored: What it goes on from, where an earlier process has begun it.
         extensions: Steps at which it is to be extended as it was before, and where its chunks end then.
+        attempt: Which attempt at the trial this is, from 1.
+        lost: Whether other workers have taken it over: nothing it says counts any more.
     """
 
     trial: optuna.Trial
@@ -65,6 +67,8 @@ class Arm:
     final: Decision | None = None
     restored: Any = None
     extensions: list[tuple[int, list[int]]] = field(default_factory=list)
+    attempt: int = 1
+    lost: bool = False
     asked: int = 0
     span_start_s: float = 0.0
     baton_since_s: float = 0.0

@@ -199,9 +199,15 @@ def read(folder: Path) -> Snapshot:
         raise CheckpointError(f"`{folder.name}` can't be used: {error.strerror or error}.") from error
 
 
-def newest(parent: Path) -> Found:
-    """The newest checkpoint that can be used. It removes what killed writers left: only the trial's owner may ask."""
-    sweep(parent)
+def newest(parent: Path, *, tidy: bool = True) -> Found:
+    """The newest checkpoint that can be used.
+
+    Args:
+        parent: A trial's.
+        tidy: Whether to remove what killed writers have left; not where somebody may still be writing.
+    """
+    if tidy:
+        sweep(parent)
     damaged: list[tuple[Path, str]] = []
     for folder in reversed(_checkpoints(parent)):
         try:

@@ -21,7 +21,7 @@ from rapidfire_automl.executor.arm import Arm
 from rapidfire_automl.executor.keeping import Keeping
 from rapidfire_automl.executor.newcomers import Newcomers
 from rapidfire_automl.executor.rulings import Rulings
-from rapidfire_automl.executor.sources import Arrivals, Asking
+from rapidfire_automl.executor.sources import Arrivals, Asking, Claims
 from rapidfire_automl.executor.standing import Elsewhere, Refused, Standing
 from rapidfire_automl.mailboxes import Mailbox, MemoryMailbox, StudyMailbox
 from rapidfire_automl.pruners import PolicyPruner, name_of_policy, policy_from_name, policy_from_outside
@@ -99,7 +99,11 @@ class Commands:
         """Steer what it conducts."""
         self._standing.conductor = conductor
 
-    def begin(self, study: optuna.Study, source: Asking | Arrivals, keeping: Keeping) -> None:
+    def detach(self) -> None:
+        """Let go of what has been conducted."""
+        self._standing.conductor = self._standing.source = None
+
+    def begin(self, study: optuna.Study, source: Asking | Arrivals | Claims, keeping: Keeping) -> None:
         """A search begins, or goes on.
 
         Args:
@@ -108,7 +112,7 @@ class Commands:
             keeping: Keeps what commands do.
         """
         self._study = self._standing.study = study
-        self._newcomers.source = source
+        self._standing.source = source
         self._keeping = self._rulings.keeping = self._newcomers.keeping = keeping
         self._before = keeping.applied_before(study)
         self._allowed = classes_of(study.pruner)
@@ -118,7 +122,7 @@ class Commands:
         boxes: list[Mailbox] = [self._memory, *self._more]
         self._more = []
         if not isinstance(getattr(study, "_storage", None), InMemoryStorage):
-            boxes.append(StudyMailbox(study))
+            boxes.append(StudyMailbox(study, shared=isinstance(source, Claims)))
         for box in boxes:
             try:
                 box.open()

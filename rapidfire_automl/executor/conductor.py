@@ -22,6 +22,7 @@ from rapidfire_automl.executor.context import TrialContext
 from rapidfire_automl.executor.passes import Multiplexer, OpenPass, Part
 from rapidfire_automl.executor.requests import Away, Backward, Boundary, Forward, Generate, Pace
 from rapidfire_automl.executor.rolling import Rolling
+from rapidfire_automl.executor.rounds import TAKEN_OVER
 from rapidfire_automl.executor.seams import is_out_of_memory
 from rapidfire_automl.memory import give_back
 from rapidfire_automl.plan import Plan
@@ -52,6 +53,10 @@ class Source(Protocol):
     @property
     def closed(self) -> bool:
         """Whether none will ever come again."""
+
+    @property
+    def news(self) -> bool:
+        """Whether other workers' trials have come further since this was asked last."""
 
 
 class Conductor:
@@ -103,7 +108,7 @@ class Conductor:
         return self.slots - sum(arm.has_slot for arm in self._arms)
 
     def adopt(self, arms: Sequence[Arm]) -> None:
-        """Take arms that an earlier process has begun; paused ones without a slot."""
+        """Take arms, new ones or such as another process has begun; paused ones without a slot."""
         for arm in arms:
             if arm.record.state is not TrialState.PAUSED:
                 self.give_slot(arm)
@@ -180,24 +185,25 @@ class Conductor:
         self._end_judged(home)  # what an earlier process has decided
         self._retire(retire)
         while not self._cancelled:
-            self._commands.turn([])
+            self._between_turns([])
             self._end_judged(home)
             self._retire(retire)
             self._resume_paused()
             free = self.free_slots
             room = min(free, self.most - len(self._arms))
-            new = source.offer(room, idle=free == self.slots) if room > 0 else []
-            for arm in new:
-                self.give_slot(arm)
-            self._arms = sorted([*self._arms, *new], key=lambda arm: arm.number)
+            self.adopt(source.offer(room, idle=free == self.slots) if room > 0 else [])
+            self._end_judged(home)  # what another process has decided of those it has begun
+            self._retire(retire)
             holders = [arm for arm in self._arms if arm.has_slot]
             by_hand = [arm for arm in self._arms if arm.ruling is not None]
             if holders:
-                self._drive(holders, home, self._commands.turn)
+                self._drive(holders, home, self._between_turns)
                 if not self._cancelled:
                     self._close_round([arm for arm in holders if not arm.done])
             elif len(by_hand) < len(self._arms) and (source.exhausted or room <= 0):
                 self._wake_or_end()
+            elif len(by_hand) < len(self._arms) and source.news:
+                self._close_round([])
             elif source.closed and not self._arms:
                 return
             else:
@@ -205,6 +211,19 @@ class Conductor:
             self._end_judged(home)
             self._retire(retire)
         self._dismiss(retire)
+
+    def _between_turns(self, driven: list[Arm]) -> list[Arm]:
+        """Apply commands, and let arms whose trials others have taken over leave; returns the arms it has answered."""
+        answered = self._commands.turn(driven)
+        for arm in self._arms:
+            if not arm.lost or arm.done or arm in answered:
+                continue
+            if arm in driven and isinstance(arm.request, (Pace, Boundary)):
+                arm.answer = Decision(Verdict.STOP, TAKEN_OVER)
+                answered = [*answered, arm]
+            elif arm not in driven and not driven:
+                arm.decision = Decision(Verdict.STOP, TAKEN_OVER)
+        return sorted(answered, key=lambda arm: arm.number)
 
     def give_slot(self, arm: Arm) -> None:
         """Let it train."""

@@ -27,6 +27,7 @@ from rapidfire_automl.executor.arm import Arm
 from rapidfire_automl.executor.checkpoints import Snapshot, chunk_folder, newest
 from rapidfire_automl.executor.evaluation import Measured
 from rapidfire_automl.executor.journal import Journal, Past, SearchDiffers, differences
+from rapidfire_automl.executor.ledger import Ledger
 from rapidfire_automl.executor.rounds import VECTORS_ATTR
 from rapidfire_automl.executor.writing import Trouble, Writer, Written
 from rapidfire_automl.records import TrialRecord
@@ -37,6 +38,7 @@ _KEEP = 2
 """Checkpoints of a trial that are kept: the newest, and the one to fall back to if it is damaged."""
 _ENDED = "ended"
 _CHECKPOINTS = "checkpoints"
+_OWNER = "study.txt"
 
 
 @dataclass(slots=True)
@@ -79,6 +81,18 @@ class Unfinished:
     restored: Restored
     extensions: list[tuple[int, list[int]]]
 
+    def arm_of(self, make: Callable[..., Arm]) -> Arm:
+        """An arm that stands where the trial does.
+
+        Args:
+            make: Makes an arm of a trial and its record.
+        """
+        arm = make(self.trial, self.record)
+        arm.judged, arm.final, arm.restored = self.judged, self.final, self.restored
+        arm.trained, arm.ruling, arm.extensions = self.restored.trained, self.ruling, self.extensions
+        arm.step = arm.record.boundaries[arm.trained - 1] if arm.trained else 0
+        return arm
+
 
 class Durability:
     """A search's folder.
@@ -86,16 +100,15 @@ class Durability:
     Args:
         folder: Where trials' files go.
         tell: Emits an event (kind, arm or None, data).
-
-    Raises:
-        FolderInUse: Another process searches there.
+        journal: Where decisions go: a journal in the folder, which is this process's alone, or the ledger of a study
+            that several workers share.
     """
 
-    def __init__(self, folder: Path, tell: Callable[..., None]) -> None:
+    def __init__(self, folder: Path, tell: Callable[..., None], journal: Journal | Ledger) -> None:
         self._folder = folder
         self._tell = tell
-        self._journal = Journal(folder)
-        self.past = self._journal.past
+        self._journal = journal
+        self.past = journal.past if isinstance(journal, Journal) else Past()
         self._writer = Writer(keep=_KEEP, on_written=self._written, on_trouble=self._trouble)
         self._on = False
         self.sampler_seed = 0
@@ -118,6 +131,7 @@ class Durability:
         Raises:
             SearchDiffers: There is a search to go on with, but of something else.
         """
+        assert isinstance(self._journal, Journal)
         past = self.past
         mine = {**facts, "study": study.study_name}
         known = attempts.last_attempts(study)
@@ -136,17 +150,40 @@ class Durability:
         self._journal.write("search", facts=mine, sampler_seed=self.sampler_seed)
         return past if unfinished else None
 
+    def join(self, facts: Mapping[str, Any]) -> None:
+        """Work on a search with others.
+
+        Raises:
+            SearchDiffers: They search something else, or the folder is another search's.
+        """
+        assert isinstance(self._journal, Ledger)
+        search, self.sampler_seed = self._journal.agree(facts)
+        owner = self._folder / _OWNER
+        owner.parent.mkdir(parents=True, exist_ok=True)
+        if not owner.exists():
+            owner.write_text(search, encoding="utf-8")
+        if (other := owner.read_text(encoding="utf-8")) != search:
+            raise SearchDiffers(f"{self._folder} holds the search {other}, this is {search}. Take another folder.")
+        self._on = True
+
     def _forget(self) -> None:
         """Another search's checkpoints are not ours."""
         for leftover in (self._folder / "trials").glob("*"):
-            for name in (_CHECKPOINTS, _ENDED):
-                shutil.rmtree(leftover / name, ignore_errors=True)
+            self._forget_trial(leftover)
+
+    def _forget_trial(self, folder: Path) -> None:
+        for leftover in [folder / _ENDED, *folder.glob(f"{_CHECKPOINTS}*")]:
+            shutil.rmtree(leftover, ignore_errors=True)
 
     def over(self) -> None:
         """The search has come to its end."""
         if self._on:
             self._journal.write("over")
             self._on = False
+
+    def flush(self) -> None:
+        """Wait until what is to be written is, so that others can go on from there."""
+        self._writer.flush(timeout=60.0)
 
     def close(self) -> None:
         """Write what is left to write and let others in."""
@@ -158,21 +195,29 @@ class Durability:
     def asked(self, number: int) -> None:
         """A trial is begun for the first time."""
         if self._on:
-            shutil.rmtree(self._of(number, _CHECKPOINTS), ignore_errors=True)
-            shutil.rmtree(self._of(number, _ENDED), ignore_errors=True)
+            self._forget_trial(self._of(number))
             self._journal.write("asked", trial=number)
 
-    def note(self, kind: str, **data: Any) -> None:
-        """Put something into the journal; it takes effect after this."""
-        if self._on:
-            self._journal.write(kind, **data)
+    def note(self, kind: str, **data: Any) -> frozenset[int]:
+        """Put something into the journal; it takes effect after this.
 
-    def judged(self, verdicts: list[tuple[int, int, str, str]]) -> None:
-        """A round is over; the verdicts take effect after this."""
-        if self._on:
-            failpoints.hit("round.judging")
-            self._journal.write("round", verdicts=verdicts)
-            failpoints.hit("round.judged")
+        Returns:
+            The numbers of the trials that others have taken over: what was decided of them is void.
+        """
+        return self._journal.write(kind, **data) if self._on else frozenset()
+
+    def judged(self, verdicts: list[tuple[int, int, str, str]]) -> frozenset[int]:
+        """A round is over; the verdicts take effect after this.
+
+        Returns:
+            As `note`.
+        """
+        if not self._on:
+            return frozenset()
+        failpoints.hit("round.judging")
+        lost = self.note("round", verdicts=verdicts)
+        failpoints.hit("round.judged")
+        return lost
 
     @property
     def folder(self) -> Path:
@@ -199,7 +244,7 @@ class Durability:
                 "data": fingerprint_of_data(trainer),
                 "trained": arm.trained,
             }
-            folder = chunk_folder(self._of(arm.number, _CHECKPOINTS), arm.trained)
+            folder = chunk_folder(self._checkpoints(arm.number, arm.attempt), arm.trained)
             self._writer.submit(folder, replace(snapshot, tree=tree))
 
     def ended(self, arm: Arm, kind: str, vector: Sequence[float], reason: str) -> None:
@@ -207,25 +252,33 @@ class Durability:
         if not self._on:
             return
         number = arm.number
-        self._journal.write(
+        lost = self._journal.write(
             "ended", trial=number, outcome=kind, vector=list(vector), reason=reason, adapter=arm.record.adapter
         )
+        if lost:
+            arm.lost = True
+            return
         failpoints.hit("trial.ended")
-        folder = chunk_folder(self._of(number, _ENDED), len(arm.record.values))
-        self._over_there[folder] = self._of(number, _CHECKPOINTS)
+        folder = chunk_folder(self._of(number) / _ENDED, len(arm.record.values))
+        self._over_there[folder] = self._of(number)
         self._writer.submit(folder, Snapshot({"record": to_tree(arm.record)}, {}, {}))
 
     def base(self, measured: Measured) -> None:
         """Keep what the untrained base is worth."""
-        if self._on:
+        folder = chunk_folder(self._folder / "base", 0)
+        if self._on and not (isinstance(self._journal, Ledger) and folder.exists()):
             tree = {"vector": list(measured.vector), "scores": measured.scores}
-            self._writer.submit(chunk_folder(self._folder / "base", 0), Snapshot(tree, {}, {}))
+            self._writer.submit(folder, Snapshot(tree, {}, {}))
 
     def _written(self, written: Written) -> None:
         self._written_bytes += written.bytes
         self._written_s += written.seconds
         if written.folder in self._over_there:  # the trial's story is safe, its weights nobody needs
-            shutil.rmtree(self._over_there.pop(written.folder), ignore_errors=True)
+            for weights in self._over_there.pop(written.folder).glob(f"{_CHECKPOINTS}*"):
+                shutil.rmtree(weights, ignore_errors=True)
+        elif len(list(written.folder.parent.glob("chunk-*"))) >= _KEEP:
+            for number in range(1, _attempt_of(written.folder.parent)):
+                shutil.rmtree(written.folder.parent.parent / _named(number), ignore_errors=True)
         self._tell("checkpoint", None, folder=str(written.folder), bytes=written.bytes, seconds=written.seconds)
 
     def _trouble(self, trouble: Trouble) -> None:
@@ -236,8 +289,12 @@ class Durability:
         """Bytes written and seconds they took, in the background."""
         return self._written_bytes, self._written_s
 
-    def _of(self, number: int, what: str) -> Path:
-        return self._folder / "trials" / str(number) / what
+    def _of(self, number: int) -> Path:
+        return self._folder / "trials" / str(number)
+
+    def _checkpoints(self, number: int, attempt: int) -> Path:
+        """Each attempt has a folder of its own: a worker that was taken for dead may still be writing to its one."""
+        return self._of(number) / _named(attempt)
 
     # -- going on ------------------------------------------------------------------------------------------------------
 
@@ -280,11 +337,30 @@ class Durability:
                 going.append(self._unfinished(begun, number, past))
         return over, going
 
+    def take_up(self, trial: optuna.Trial, number: int) -> TrialRecord | Unfinished | None:
+        """Take up a trial that this worker has claimed.
+
+        Args:
+            trial: This worker's attempt.
+            number: The trial's.
+
+        Returns:
+            None if it is new; its record if its end was decided before, of which Optuna is told here; else what it goes
+            on from.
+        """
+        assert isinstance(self._journal, Ledger)
+        past = self._journal.open(number, trial)
+        if attempts.attempt_of(trial) == 1:
+            return None
+        if number in past.ended:
+            return self._over(trial.study, trial.storage.get_trial(trial._trial_id), past)
+        return self._unfinished(trial, number, past)
+
     def _over(self, study: optuna.Study, trial: optuna.trial.FrozenTrial, past: Past) -> TrialRecord:
         """The record of a trial that has ended; Optuna is told if it has not been."""
         number = attempts.number_of(trial)
         ended = past.ended.get(number, {})
-        found = self._newest(self._of(number, _ENDED)) or self._newest(self._of(number, _CHECKPOINTS))
+        found = self._newest(self._of(number) / _ENDED) or self._last(number, attempts.attempt_of(trial))
         record = TrialRecord(number) if found is None else from_tree(found.tree["record"])
         record.params = record.params or dict(trial.params)
         record.verdicts = list(past.verdicts.get(number, []))
@@ -301,7 +377,7 @@ class Durability:
         return record
 
     def _unfinished(self, trial: optuna.Trial, number: int, past: Past) -> Unfinished:
-        found = self._newest(self._of(number, _CHECKPOINTS))
+        found = self._last(number, attempts.attempt_of(trial))
         record = TrialRecord(number) if found is None else from_tree(found.tree["record"])
         record.params = record.params or dict(trial.params)
         record.verdicts = list(past.verdicts.get(number, []))
@@ -319,13 +395,28 @@ class Durability:
             past.extended.get(number, []),
         )
 
-    def _newest(self, folder: Path) -> Snapshot | None:
+    def _last(self, number: int, attempt: int) -> Snapshot | None:
+        """A trial's newest checkpoint: of its last attempt that has left any."""
+        alone = isinstance(self._journal, Journal)
+        folders = [self._checkpoints(number, earlier) for earlier in range(attempt, 0, -1)]
+        return next((found for folder in folders if (found := self._newest(folder, tidy=alone)) is not None), None)
+
+    def _newest(self, folder: Path, *, tidy: bool = True) -> Snapshot | None:
         if not folder.is_dir():
             return None
-        found = newest(folder)
+        found = newest(folder, tidy=tidy)
         for path, why in found.damaged:
             self._tell("checkpoint_damaged", None, folder=str(path), reason=why)
         return found.snapshot
+
+
+def _named(attempt: int) -> str:
+    return _CHECKPOINTS if attempt == 1 else f"{_CHECKPOINTS}-{attempt}"
+
+
+def _attempt_of(folder: Path) -> int:
+    last = folder.name.rpartition("-")[2]
+    return int(last) if last.isdecimal() else 1
 
 
 def _fill(record: TrialRecord, trial: optuna.Trial, chunks: int) -> None:

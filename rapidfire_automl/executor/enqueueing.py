@@ -12,10 +12,11 @@ from optuna.trial import FrozenTrial
 from optuna.trial import TrialState as OptunaState
 
 from rapidfire_automl import attempts
+from rapidfire_automl.attempts import COMMAND_ATTR
 from rapidfire_automl.control import ControlError
 from rapidfire_automl.hints import nearest
 
-COMMAND_ATTR, CLONE_ATTR = "rapidfire:command", "rapidfire:clone_of"
+CLONE_ATTR = "rapidfire:clone_of"
 WARM_ATTR, ADD_ATTR = "rapidfire:warm_start", "rapidfire:added"
 _SHAPES = (
     "r",
@@ -124,15 +125,20 @@ def check_warm(source: int, params: Mapping[str, Any], changes: Mapping[str, Any
 def enqueue(
     study: optuna.Study, params: Mapping[str, Any], attributes: Mapping[str, Any], command: str
 ) -> tuple[FrozenTrial, int]:
-    """Queue a configuration; its trial, and the trial's number in the search."""
-    study.enqueue_trial(dict(params), user_attrs={**attributes, COMMAND_ATTR: command})
-    waiting = study.get_trials(deepcopy=False, states=(OptunaState.WAITING,))
-    found = [trial for trial in waiting if trial.user_attrs.get(COMMAND_ATTR) == command]
-    if found:
-        return found[-1], attempts.label(study, found[-1])
-    taken = study.get_trials(deepcopy=False)  # another process was quicker than we
-    trial = next(trial for trial in reversed(taken) if trial.user_attrs.get(COMMAND_ATTR) == command)
-    return trial, attempts.number_of(trial)
+    """Queue a configuration, once, whichever workers do the command; its trial, and that trial's number."""
+    trial = _of_command(study, command)
+    if trial is None:
+        study.enqueue_trial(dict(params), user_attrs={**attributes, COMMAND_ATTR: command})
+        trial = _of_command(study, command)
+        assert trial is not None
+    if trial.state is OptunaState.WAITING:
+        return trial, attempts.label(study, trial)
+    return trial, attempts.number_of(trial)  # another process was quicker than we
+
+
+def _of_command(study: optuna.Study, command: str) -> FrozenTrial | None:
+    trials = attempts.counted(study.get_trials(deepcopy=False))
+    return next((trial for trial in trials if trial.user_attrs.get(COMMAND_ATTR) == command), None)
 
 
 def left_over(study: optuna.Study) -> list[FrozenTrial]:

@@ -23,6 +23,7 @@ from optuna.storages import InMemoryStorage
 from optuna.study import StudyDirection
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from rapidfire_automl import attempts, workers
 from rapidfire_automl.attempts import number_of
 from rapidfire_automl.control import Command, Controls, Sent
 from rapidfire_automl.events import Event, Listener
@@ -35,21 +36,26 @@ from rapidfire_automl.executor.checkpoints import Snapshot
 from rapidfire_automl.executor.commands import Commands
 from rapidfire_automl.executor.conductor import Conductor
 from rapidfire_automl.executor.context import TrialContext
+from rapidfire_automl.executor.crew import Crew
 from rapidfire_automl.executor.durability import Durability, check_same_trial, distributions, fingerprint_of_base
 from rapidfire_automl.executor.evaluation import Evaluator, Measured, Metric
 from rapidfire_automl.executor.explanation import explain
-from rapidfire_automl.executor.journal import SearchDiffers
+from rapidfire_automl.executor.journal import Journal, SearchDiffers
 from rapidfire_automl.executor.keeping import Keeping
+from rapidfire_automl.executor.ledger import Ledger
 from rapidfire_automl.executor.loading import ModelLike, load_base, load_tokenizer
 from rapidfire_automl.executor.loop import Loop
 from rapidfire_automl.executor.planner import plan_for
-from rapidfire_automl.executor.runner import Builder, Runner
-from rapidfire_automl.executor.sources import Arrivals, Asking
+from rapidfire_automl.executor.runner import Builder, Outcome, Runner
+from rapidfire_automl.executor.sources import Arrivals, Asking, Claims
 from rapidfire_automl.mailboxes import Mailbox
 from rapidfire_automl.memory import give_back
+from rapidfire_automl.patience import PATIENCE_S, PatientStorage, patient
 from rapidfire_automl.plan import Plan
 from rapidfire_automl.records import TrialRecord
 from rapidfire_automl.sampling import Sampling
+from rapidfire_automl.seeding import reseed
+from rapidfire_automl.workers import Worker
 from rapidfire_policies.base import TrialState
 
 logger = logging.getLogger("rapidfire_automl")
@@ -79,6 +85,7 @@ class RapidFireExecutor(Controls):
         output_dir: Where adapters go, `<output_dir>/trials/<number>/adapter`; a temporary folder by default.
         durable: Whether `optimize` keeps checkpoints there, so that after a kill the same call on the same stored study
             goes on; by default if `output_dir` is given.
+        storage_patience_s: How long the study's storage may be away; then the search ends with `StorageAway`.
         listeners: Called with every `Event`.
 
     Raises:
@@ -115,6 +122,7 @@ class RapidFireExecutor(Controls):
         plan: Plan | str | os.PathLike[str] | None = None,
         output_dir: str | os.PathLike[str] | None = None,
         durable: bool | None = None,
+        storage_patience_s: float = PATIENCE_S,
         listeners: Sequence[Listener] = (),
     ) -> None:
         max_paused = slots if max_paused is None else max_paused
@@ -149,9 +157,14 @@ class RapidFireExecutor(Controls):
         self._durable = output_dir is not None if durable is None else durable
         self._durability: Durability | None = None
         self._keeping = Keeping(None)
+        self._storage_patience_s = storage_patience_s
+        self._storage: PatientStorage | None = None
+        self._crew: Crew | None = None
         self._listeners = list(listeners)
         self._records: dict[int, TrialRecord] = {}
-        self._referee = rounds.Referee(self._records, chunks, slots, self._tell, cost, self._keep_verdicts)
+        self._referee = rounds.Referee(
+            self._records, chunks, slots, self._tell, cost, self._keep_verdicts, self._look_at_peers, self._share
+        )
         self._commands = Commands(self._records, chunks, self._tell, self._end)
         self._study: optuna.Study | None = None
         self._base: Base | None = None
@@ -166,6 +179,7 @@ class RapidFireExecutor(Controls):
         self._opening = threading.Lock()
         self._finished = threading.Event()  # `Thread.join` may return early when Ctrl-C interrupts it
         self._born_s = time.perf_counter()
+        self._worker = Worker.here()
 
     # -- what users call ---------------------------------------------------------------------------------------------
 
@@ -267,42 +281,82 @@ class RapidFireExecutor(Controls):
             KeyboardInterrupt: Ctrl-C; finished trials are in the study.
         """
         check_search(objective, n_trials)
-        self._begin(study)
-        build = getattr(objective, "__wrapped__", objective)
-        self._stopping, self._error = False, None
-        if self._conductor is not None:
-            self._conductor.renew()
-        self._open(serving=False)
-        assert self._conductor is not None
-        assert self._runner is not None
-        runner = self._runner
+        run = self._ready(study, objective)
         stored = not isinstance(study._storage, InMemoryStorage)  # a killed process takes the others with it
         if self._durable and stored and self._durability is None:
-            self._durability = Durability(self._folder(0).parent.parent, self._tell)
+            folder = self._folder(0).parent.parent
+            self._durability = Durability(folder, self._tell, Journal(folder))
         self._keeping = Keeping(self._durability if stored else None)
-        loop = Loop(study, self._arm, lambda arm: runner.run(arm, build), self._durability if stored else None)
+        loop = Loop(study, self._arm, run, self._durability if stored else None)
         begun, left = self._take_up(study, n_trials, loop)
         source = Asking(study, left, loop.start, timeout_s, lambda asked: loop.seed(begun + asked))
         for queued in enqueueing.left_over(study) if begun else ():
             source.ask_for(queued)
-        self._conduct(source, loop.retire)
-        try:
-            while not self._finished.wait(0.2):
-                pass
-        except BaseException:
-            self._conductor.cancel()
-            self._finished.wait()
-            raise
-        self._raise_error()
-        if self._conductor.cancelled and not self._stopping:
-            raise KeyboardInterrupt
+        self._search(source, loop.retire)
         if self._durability is not None:
             self._durability.over()
             self._keeping.over()
-        ran = loop.numbers
-        failed = [number for number in ran if self._records[number].state is TrialState.FAILED]
-        if ran and len(failed) == len(ran) and not self._stopping:
-            raise RuntimeError(f"All {len(ran)} trials failed. Trial {failed[0]}: {self._records[failed[0]].error}")
+        self._raise_if_all_failed(loop.numbers)
+
+    def work(
+        self, study: optuna.Study, objective: Builder, n_trials: int | None = None, timeout_s: float | None = None
+    ) -> None:
+        """Search together with other processes: each calls this on the same study, with an `output_dir` that all see.
+
+        Every worker trains what it has claimed; its policy sees the trials of all. One that dies leaves its trials to
+        the others, who go on from its checkpoints; called again, it is one more worker. It returns when no trial is
+        left, neither to begin nor in another worker's hands.
+
+        Args:
+            study: In a storage with a heartbeat: `open_storage(url, heartbeat_s=30, grace_s=120)`.
+            objective: A function that builds a trainer, decorated or not; alike in all workers.
+            n_trials: Trials of all workers together; needed by the first, which has them queued.
+            timeout_s: This worker begins no trial after so many seconds; those that run go on.
+
+        Raises:
+            ValueError: As `optimize`; the storage has no heartbeat; there is no `output_dir`.
+            SearchDiffers: Other workers search something else.
+            StorageAway: The storage was away for longer than `storage_patience_s`.
+            RuntimeError: Every trial failed.
+            KeyboardInterrupt: Ctrl-C; what ran is left to the others.
+        """
+        check_search(objective, 1 if n_trials is None else n_trials)
+        workers.rhythm(study)
+        if self._output_dir is None:
+            raise ValueError("`output_dir` must be given for several workers: a folder that all of them see.")
+        build = getattr(objective, "__wrapped__", objective)
+
+        def seeded(trial: optuna.Trial) -> Any:
+            """What is proposed depends on the trial's number, whichever worker has it."""
+            assert self._durability is not None
+            reseed(study.sampler, self._durability.sampler_seed, number_of(trial))
+            return build(trial)
+
+        run = self._ready(study, seeded)
+        if n_trials is not None:
+            workers.fill(study, n_trials)
+        crew = self._crew = Crew(study, self.worker, self._records, self._folder, self._tell, self._cancelled_elsewhere)
+        self._durability = Durability(self._output_dir, self._tell, Ledger(study))
+        self._keeping = Keeping(self._durability)
+        loop = Loop(study, self._arm, run, self._durability, crew, lambda: not self._stopping)
+        try:
+            self._durability.join(self._facts(study))
+            self._recall_base()
+            self._referee.leave_out(attempts.last_attempts(study))
+            crew.start()
+            self._search(Claims(crew, loop.take_up, timeout_s), loop.retire)
+            if self._stopping:
+                crew.end_for_all()
+        finally:
+            crew.stop()
+            self._durability.close()
+            self._crew = self._durability = None
+        self._raise_if_all_failed(loop.numbers)
+
+    @property
+    def worker(self) -> Worker:
+        """This process, as other workers know it."""
+        return self._worker
 
     def stop(self, trial: int | None = None) -> Sent | None:  # type: ignore[override]
         """Prune a trial at its next step; without one, end the search as `cancel` does.
@@ -340,6 +394,7 @@ class RapidFireExecutor(Controls):
             self._durability.close()
             self._durability = None
         self._exit.close()
+        self._commands.detach()
         self._base = self._conductor = self._runner = self._arrivals = self._thread = None
         gc.unfreeze()
         give_back()
@@ -394,6 +449,7 @@ class RapidFireExecutor(Controls):
                     self._tell,
                     self._referee.record,
                     self._folder,
+                    self._adapter_folder,
                     None if isinstance(self._model_like, PreTrainedModel) else self._load_base,
                     self._keep_base,
                     self._abort,
@@ -419,7 +475,7 @@ class RapidFireExecutor(Controls):
             elif serving is False and self._arrivals is not None:
                 raise RuntimeError("This executor already serves `study.optimize`; use another for `optimize`.")
 
-    def _conduct(self, source: Arrivals | Asking, retire: Callable[[Arm], None]) -> None:
+    def _conduct(self, source: Arrivals | Asking | Claims, retire: Callable[[Arm], None]) -> None:
         conductor = self._conductor
         assert conductor is not None
         assert self._study is not None
@@ -445,6 +501,8 @@ class RapidFireExecutor(Controls):
     def _on_signal(self, number: int, frame: object) -> None:
         if self._conductor is not None:
             self._conductor.cancel()
+        if self._storage is not None:
+            self._storage.give_up()
         if number == signal.SIGTERM:
             raise SystemExit(128 + number)
         raise KeyboardInterrupt
@@ -468,6 +526,74 @@ class RapidFireExecutor(Controls):
                 self._records.clear()
                 self._referee.begin(study)
 
+    def _ready(self, study: optuna.Study, objective: Builder) -> Callable[[Arm], Outcome]:
+        """Make ready for a search of our own; how a trial is run."""
+        self._storage = patient(study, patience_s=self._storage_patience_s)
+        if self._storage is not None:
+            self._storage.listen(self._on_storage)
+        self._begin(study)
+        build = getattr(objective, "__wrapped__", objective)
+        self._stopping, self._error = False, None
+        if self._conductor is not None:
+            self._conductor.renew()
+        self._open(serving=False)
+        assert self._runner is not None
+        runner = self._runner
+        return lambda arm: runner.run(arm, build)
+
+    def _search(self, source: Asking | Claims, retire: Callable[[Arm], None]) -> None:
+        """Conduct, and wait for the end."""
+        assert self._conductor is not None
+        self._conduct(source, retire)
+        try:
+            while not self._finished.wait(0.2):
+                pass
+        except BaseException:
+            self._conductor.cancel()
+            self._finished.wait()
+            raise
+        self._raise_error()
+        if self._conductor.cancelled and not self._stopping:
+            raise KeyboardInterrupt
+
+    def _raise_if_all_failed(self, ran: Sequence[int]) -> None:
+        failed = [number for number in ran if self._records[number].state is TrialState.FAILED]
+        if ran and len(failed) == len(ran) and not self._stopping:
+            raise RuntimeError(f"All {len(ran)} trials failed. Trial {failed[0]}: {self._records[failed[0]].error}")
+
+    def _facts(self, study: optuna.Study) -> dict[str, Any]:
+        """What is searched, to tell this search from another one."""
+        assert self._base is not None
+        return {
+            "base": fingerprint_of_base(self._base.model),
+            "chunks": self.chunks,
+            "directions": [direction.name for direction in study.directions],
+        }
+
+    def _recall_base(self) -> None:
+        """What the untrained base is worth needn't be measured again."""
+        assert self._runner is not None
+        assert self._durability is not None
+        if (measured := self._durability.restore_base()) is not None:
+            self._keep_base(measured)
+            self._runner.base_is_known()
+
+    def _on_storage(self, what: str, away_s: float, reason: str) -> None:
+        self._tell(f"storage_{what}", None, seconds=away_s, reason=reason)
+
+    def _look_at_peers(self) -> None:
+        if self._crew is not None:
+            self._crew.refresh()
+
+    def _share(self, record: TrialRecord) -> None:
+        if self._crew is not None:
+            self._crew.share(record)
+
+    def _cancelled_elsewhere(self, reason: str) -> None:
+        if not self._stopping:
+            self._tell("warning", None, message=f"The search was ended: {reason}.")
+            self._end()
+
     def _take_up(self, study: optuna.Study, n_trials: int, loop: Loop) -> tuple[int, int]:
         """Begin a search, or go on with one that was killed.
 
@@ -477,39 +603,26 @@ class RapidFireExecutor(Controls):
         durability = loop.durability
         if durability is None:
             return 0, n_trials
-        assert self._base is not None
         assert self._conductor is not None
-        assert self._runner is not None
-        facts = {
-            "base": fingerprint_of_base(self._base.model),
-            "chunks": self.chunks,
-            "directions": [direction.name for direction in study.directions],
-        }
-        past = durability.begin(study, facts)
+        past = durability.begin(study, self._facts(study))
         if past is None:
             return 0, n_trials
-        if (measured := durability.restore_base()) is not None:
-            self._keep_base(measured)
-            self._runner.base_is_known()
+        self._recall_base()
         over, going = durability.go_on(study, past)
         self._referee.leave_out(past.asked)
         self._records.update({record.number: record for record in over})
-        arms = []
-        for one in going:
-            arm = self._arm(one.trial, one.record)
-            arm.judged, arm.final, arm.restored = one.judged, one.final, one.restored
-            arm.trained, arm.ruling, arm.extensions = one.restored.trained, one.ruling, one.extensions
-            arm.step = arm.record.boundaries[arm.trained - 1] if arm.trained else 0
-            arms.append(loop.launch(arm))
-        self._conductor.adopt(arms)
+        self._conductor.adopt([loop.launch(one.arm_of(self._arm)) for one in going])
         logger.info("The search goes on: %d trials have ended, %d go on.", len(over), len(going))
         self._tell("search_resumed", None, ended=len(over), going_on=len(going))
         added = enqueueing.numbers_of_people(study)
         return len(past.asked), max(0, n_trials - sum(number not in added for number in past.asked))
 
     def _keep_verdicts(self, verdicts: list[tuple[int, int, str, str]]) -> None:
-        if self._durability is not None:
-            self._durability.judged(verdicts)
+        if self._durability is None:
+            return
+        lost = self._durability.judged(verdicts)
+        for arm in self._conductor.arms if self._conductor is not None and lost else ():
+            arm.lost = arm.lost or arm.number in lost
 
     def _save(self, arm: Arm, trainer: Any, snapshot: Snapshot) -> None:
         if self._durability is not None:
@@ -531,7 +644,7 @@ class RapidFireExecutor(Controls):
         record = TrialRecord(number) if record is None else record
         self._records[number] = record
         minimize = tuple(direction == StudyDirection.MINIMIZE for direction in trial.study.directions)
-        return Arm(trial, TrialContext(self.seed), record, minimize)
+        return Arm(trial, TrialContext(self.seed), record, minimize, attempt=attempts.attempt_of(trial))
 
     def _keep_base(self, measured: Measured) -> None:
         self.base_value, self.base_vector, self.base_scores = measured.value, measured.vector, measured.scores
@@ -570,6 +683,11 @@ class RapidFireExecutor(Controls):
 
     def _clock(self) -> float:
         return time.perf_counter() - self._born_s
+
+    def _adapter_folder(self, arm: Arm) -> Path:
+        """A worker that was taken for dead must not write over what its successor has written."""
+        again = self._crew is not None and arm.attempt > 1
+        return self._folder(arm.number) / (f"adapter-{arm.attempt}" if again else "adapter")
 
     def _folder(self, number: int) -> Path:
         if self._output_dir is None:

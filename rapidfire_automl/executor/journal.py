@@ -120,18 +120,21 @@ class Journal:
             self._file.write("\n")
         self._writing = threading.Lock()
 
-    def write(self, kind: str, **data: Any) -> None:
+    def write(self, kind: str, **data: Any) -> frozenset[int]:
         """Append an entry; it is on disk when this returns.
+
+        Returns:
+            Nothing: no trial of it is another worker's.
 
         Raises:
             OSError: It could not be written.
         """
         with self._writing:
-            if self._file.closed:
-                return
-            self._file.write(dumps({"kind": kind, **data}) + "\n")
-            self._file.flush()
-            os.fsync(self._file.fileno())
+            if not self._file.closed:
+                self._file.write(dumps({"kind": kind, **data}) + "\n")
+                self._file.flush()
+                os.fsync(self._file.fileno())
+        return frozenset()
 
     def close(self) -> None:
         """Let others in."""

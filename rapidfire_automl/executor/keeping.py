@@ -13,10 +13,10 @@ from typing import Any
 import optuna
 
 from rapidfire_automl import attempts, failpoints
+from rapidfire_automl.attempts import COMMAND_ATTR
 from rapidfire_automl.control import Command
 from rapidfire_automl.executor import checkpoints, warmstart
 from rapidfire_automl.executor.durability import Durability
-from rapidfire_automl.executor.enqueueing import COMMAND_ATTR
 
 CLONES = "clones"
 
@@ -31,9 +31,13 @@ class Keeping:
     def __init__(self, durability: Durability | None) -> None:
         self._durability = durability
 
-    def ruled(self, verdicts: Sequence[tuple[int, int, str, str]], command: Command, text: str) -> None:
-        """A person has decided of trials: `(trial, chunk, verdict, reason)` each."""
-        self._note("ruled", command, text, verdicts=list(verdicts))
+    def ruled(self, verdicts: Sequence[tuple[int, int, str, str]], command: Command, text: str) -> frozenset[int]:
+        """A person has decided of trials: `(trial, chunk, verdict, reason)` each.
+
+        Returns:
+            Those that other workers have taken over.
+        """
+        return self._note("ruled", command, text, verdicts=list(verdicts))
 
     def extended(self, number: int, step: int, boundaries: Sequence[int], command: Command, text: str) -> None:
         """A trial's chunks end at other steps, from this step on."""
@@ -88,7 +92,9 @@ class Keeping:
         """The policy that an earlier process was given, if it was."""
         return None if self._durability is None else self._durability.past.policy
 
-    def _note(self, kind: str, command: Command, text: str, **data: Any) -> None:
-        if self._durability is not None:
-            self._durability.note(kind, command=command.id, text=text, **data)
-            failpoints.hit(f"command.{kind}")
+    def _note(self, kind: str, command: Command, text: str, **data: Any) -> frozenset[int]:
+        if self._durability is None:
+            return frozenset()
+        lost = self._durability.note(kind, command=command.id, text=text, **data)
+        failpoints.hit(f"command.{kind}")
+        return lost

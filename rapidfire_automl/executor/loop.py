@@ -8,10 +8,12 @@ from typing import Any
 
 import optuna
 
-from rapidfire_automl import attempts
+from rapidfire_automl import attempts, workers
 from rapidfire_automl.executor.arm import Arm
+from rapidfire_automl.executor.crew import Crew
 from rapidfire_automl.executor.durability import Durability
 from rapidfire_automl.executor.runner import Outcome
+from rapidfire_automl.records import TrialRecord
 from rapidfire_automl.seeding import reseed
 
 
@@ -23,6 +25,8 @@ class Loop:
         arm_of: Makes an arm of a trial.
         run: Takes a trial from its first turn to its end, in its own thread.
         durability: The search's folder, where it is to survive.
+        crew: Other workers on the study, if there are any.
+        handed_back: Whether what runs when the search ends is left to them.
     """
 
     def __init__(
@@ -31,7 +35,11 @@ class Loop:
         arm_of: Callable[[optuna.Trial], Arm],
         run: Callable[[Arm], Outcome],
         durability: Durability | None,
+        crew: Crew | None = None,
+        handed_back: Callable[[], bool] = lambda: False,
     ) -> None:
+        self._crew = crew
+        self._handed_back = handed_back
         self.numbers: list[int] = []
         self._study = study
         self._arm_of = arm_of
@@ -56,9 +64,21 @@ class Loop:
         self.durability.asked(arm.number)
         return self.launch(arm)
 
+    def take_up(self, trial: optuna.Trial) -> Arm | None:
+        """Begin a trial that was claimed, where another worker has left off; None if its end was decided before."""
+        assert self.durability is not None
+        number = attempts.label(self._study, trial)
+        found = self.durability.take_up(trial, number)
+        if isinstance(found, TrialRecord):
+            return None
+        arm = self._arm_of(trial) if found is None else found.arm_of(self._arm_of)
+        return self.launch(arm)
+
     def launch(self, arm: Arm) -> Arm:
         """Give an arm its thread, which waits for the baton."""
         self.numbers.append(arm.number)
+        if self._crew is not None:
+            self._crew.hold(arm)
 
         def body() -> None:
             self._outcomes[arm.number] = self._run(arm)
@@ -71,8 +91,28 @@ class Loop:
         """Tell Optuna how a trial has ended."""
         self._threads.pop(arm.number).join()
         outcome = self._outcomes.pop(arm.number, Outcome("failed"))
+        if self._crew is None:
+            self._tell_end(arm, outcome)
+            return
+        try:
+            if arm.lost:
+                return
+            if outcome.kind == "cancelled" and self._handed_back():
+                assert self.durability is not None
+                self.durability.flush()
+                workers.hand_back(self._study, arm.trial)
+                return
+            if outcome.kind == "cancelled":
+                self._crew.end_for_all()
+            self._tell_end(arm, outcome)
+        finally:
+            self._crew.release(arm)
+
+    def _tell_end(self, arm: Arm, outcome: Outcome) -> None:
         if self.durability is not None and outcome.kind != "cancelled":
             self.durability.ended(arm, outcome.kind, outcome.vector, outcome.reason)
+        if arm.lost:
+            return
         local: Any = getattr(self._study, "_thread_local", None)
         if local is not None:  # a sampler that has seen all of its grid may stop the study from `tell`
             local.in_optimize_loop = True
@@ -83,6 +123,10 @@ class Loop:
                 pruned = outcome.kind == "pruned"
                 state = optuna.trial.TrialState.PRUNED if pruned else optuna.trial.TrialState.FAIL
                 self._study.tell(arm.trial, state=state)
+        except (optuna.exceptions.UpdateFinishedTrialError, ValueError):
+            if self._crew is None:
+                raise
+            arm.lost = True  # others have failed it in this very moment
         finally:
             if local is not None:
                 local.in_optimize_loop = False

@@ -8,11 +8,12 @@ from typing import Any
 
 import optuna
 
+from rapidfire_automl.attempts import COMMAND_ATTR
 from rapidfire_automl.control import Command
 from rapidfire_automl.executor import enqueueing, warmstart
 from rapidfire_automl.executor.arm import Arm
 from rapidfire_automl.executor.keeping import Keeping
-from rapidfire_automl.executor.sources import Arrivals, Asking
+from rapidfire_automl.executor.sources import Asking, Claims
 from rapidfire_automl.executor.standing import Refused, Standing
 
 
@@ -27,7 +28,6 @@ class Newcomers:
         self._standing = standing
         self._warm: dict[str, warmstart.WarmStart] = {}
         self.keeping = Keeping(None)
-        self.source: Asking | Arrivals | None = None
 
     def add(self, command: Command) -> str:
         """Queue a configuration; what came of it."""
@@ -63,7 +63,7 @@ class Newcomers:
         attributes = arm.trial.user_attrs
         if not attributes.get(enqueueing.WARM_ATTR):
             return None
-        command = attributes[enqueueing.COMMAND_ATTR]
+        command = attributes[COMMAND_ATTR]
         warm = self._warm.pop(command, None) or self.keeping.inherited(command)
         if warm is None:
             source = attributes.get(enqueueing.CLONE_ATTR)
@@ -99,7 +99,7 @@ class Newcomers:
         command: Command,
         warm: warmstart.WarmStart | None = None,
     ) -> str:
-        study, source = self._standing.study, self.source
+        study, source = self._standing.study, self._standing.source
         assert study is not None and source is not None
         if why := source.over:
             raise Refused(f"no trial is started any more: {why}")
@@ -109,7 +109,7 @@ class Newcomers:
         trial, number = enqueueing.enqueue(study, params, attributes, command.id)
         self.keeping.enqueued()
         notes = [f"trial {number} is next in line for a slot", *notes]
-        if isinstance(source, Asking):
+        if isinstance(source, (Asking, Claims)):
             source.ask_for(trial)
         else:
             notes.append("it is one of `n_trials`, which study.optimize counts by itself")

@@ -32,6 +32,7 @@ from rapidfire_policies.pareto import scalarize
 logger = logging.getLogger("rapidfire_automl")
 
 Cost = Literal["tokens", "seconds"]
+TAKEN_OVER = "another worker has taken it over"
 VECTORS_ATTR = "rapidfire:vectors"
 """The trial attribute that holds its vectors, one a chunk, where there are several objectives."""
 
@@ -45,7 +46,10 @@ class Referee:
         slots: Trials that train at a time.
         tell: Emits an event (kind, arm, data).
         cost: What a policy sees as the cost of a chunk.
-        keep: Puts a round's verdicts, `(trial, chunk, verdict, reason)` each, on disk before they take effect.
+        keep: Puts a round's verdicts, `(trial, chunk, verdict, reason)` each, on disk before they take effect; marks
+            arms as lost where others have taken their trial over.
+        peers: Brings the records of other workers' trials up to date.
+        share: Lets other workers see a chunk that was recorded.
     """
 
     def __init__(
@@ -56,6 +60,8 @@ class Referee:
         tell: Callable[..., None],
         cost: Cost,
         keep: Callable[[list[tuple[int, int, str, str]]], None] = lambda verdicts: None,
+        peers: Callable[[], None] = lambda: None,
+        share: Callable[[TrialRecord], None] = lambda record: None,
     ) -> None:
         self._past: tuple[TrialHistory, ...] = ()
         self._cost = cost
@@ -64,6 +70,8 @@ class Referee:
         self._slots = slots
         self._tell = tell
         self._keep = keep
+        self._peers = peers
+        self._share = share
 
     def begin(self, study: optuna.Study) -> None:
         """Take up a study; says so once where its pruner will have no say."""
@@ -92,6 +100,10 @@ class Referee:
         """
         report(waiting)
         failpoints.hit("round.reported")
+        taken_over = [arm for arm in [*waiting, *paused] if arm.lost]
+        waiting = [arm for arm in waiting if not arm.lost]
+        paused = [arm for arm in paused if not arm.lost]
+        self._peers()
         ended = [arm for arm in waiting if len(arm.record.values) >= len(arm.record.boundaries)]
         for arm in ended:
             finite = bool(np.isfinite(arm.record.last_vector).all())
@@ -131,7 +143,11 @@ class Referee:
             verdict, reason = ("", "") if made is None or stays else (str(made.verdict), made.reason)
             verdicts.append((arm.number, arm.judged, verdict, reason))
         self._keep(verdicts)
+        taken_over += [arm for arm in both if arm.lost and arm not in taken_over]
+        decisions.update({arm.number: Decision(Verdict.STOP, TAKEN_OVER) for arm in taken_over})
         for arm in both:
+            if arm.lost:
+                continue
             decision = decisions.get(arm.number)
             if decision is None or (arm in paused and (decision.verdict is Verdict.PAUSE or arm.number in ruled)):
                 continue
@@ -161,6 +177,7 @@ class Referee:
         record.add_chunk(vector, scores, metrics, arm.chunk_seconds, arm.chunk_tokens, arm.chunk_generated)
         if len(record.values) == 1:
             arm.trial.set_user_attr(COST_ATTR, arm.chunk_tokens + arm.chunk_generated)
+        self._share(record)
         several = {"vector": vector} if len(vector) > 1 else {}
         self._tell(
             "chunk_done",
@@ -175,16 +192,22 @@ class Referee:
 
 
 def report(arms: Sequence[Arm]) -> None:
-    """Tell Optuna each arm's newest value, in trial order; vectors, which it refuses, as an attribute of the trial."""
+    """Tell Optuna each arm's newest value, in trial order; vectors, which it refuses, as an attribute of the trial.
+
+    An arm whose trial others have taken over is marked as lost.
+    """
     for arm in arms:
         record = arm.record
         if arm.reported == len(record.values):
             continue
         arm.reported = len(record.values)
-        if record.vectors:
-            arm.trial.set_user_attr(VECTORS_ATTR, [list(vector) for vector in record.vectors])
-        else:
-            arm.trial.report(record.values[-1], step=len(record.values))
+        try:
+            if record.vectors:
+                arm.trial.set_user_attr(VECTORS_ATTR, [list(vector) for vector in record.vectors])
+            else:
+                arm.trial.report(record.values[-1], step=len(record.values))
+        except optuna.exceptions.UpdateFinishedTrialError:
+            arm.lost = True
 
 
 def history(

@@ -172,7 +172,8 @@ class Rulings:
         if not (isinstance(arm.request, Boundary) and arm.has_slot):  # otherwise the round's end logs it
             arm.record.verdicts.append((chunk, str(verdict), ruling.reason))
             self._tell("verdict", arm, verdict=str(verdict), reason=ruling.reason, by="", numbers=dict(ruling.numbers))
-        self.keeping.ruled([(arm.number, chunk, str(verdict), ruling.reason)], command, text)
+        lost = self.keeping.ruled([(arm.number, chunk, str(verdict), ruling.reason)], command, text)
+        arm.lost = arm.lost or arm.number in lost
         arm.judged, arm.ruling = chunk, ruling
 
 

@@ -22,7 +22,9 @@ from rapidfire_automl.executor.base import Base, BaseChanged
 from rapidfire_automl.executor.conductor import Conductor
 from rapidfire_automl.executor.evaluation import Evaluator, Measured
 from rapidfire_automl.executor.requests import Forward
+from rapidfire_automl.executor.rounds import TAKEN_OVER
 from rapidfire_automl.executor.warmstart import WarmStart
+from rapidfire_automl.patience import StorageAway
 from rapidfire_policies.base import Decision, TrialState, Verdict
 
 logger = logging.getLogger("rapidfire_automl")
@@ -35,12 +37,12 @@ class Outcome:
     """What came of a trial.
 
     Args:
-        kind: "cancelled" if the search was ended.
+        kind: "cancelled" if the search was ended, "lost" if another worker has taken the trial over.
         vector: Its last values, one an objective; empty if it has none.
         reason: In words.
     """
 
-    kind: Literal["complete", "pruned", "failed", "cancelled"]
+    kind: Literal["complete", "pruned", "failed", "cancelled", "lost"]
     vector: tuple[float, ...] = ()
     reason: str = ""
 
@@ -58,6 +60,7 @@ class Runner:
         tell: Emits an event (kind, arm or None, data).
         record: Takes down what a chunk has come to.
         folder: Where a trial's files go.
+        adapter_folder: Where a trial's adapter goes.
         reload: Loads the base anew, or None where it came as an object.
         keep_base: Takes what the untrained base is worth.
         abort: Ends the search with an error.
@@ -76,6 +79,7 @@ class Runner:
     tell: Callable[..., None]
     record: Callable[..., None]
     folder: Callable[[int], Path]
+    adapter_folder: Callable[[Arm], Path]
     reload: Callable[[], PreTrainedModel] | None
     keep_base: Callable[[Measured], None]
     abort: Callable[[BaseException], None]
@@ -117,6 +121,12 @@ class Runner:
             outcome = Outcome("pruned", arm.record.last_vector, str(halt))
         except optuna.TrialPruned as pruned:
             outcome = Outcome("pruned", reason=str(pruned))
+        except optuna.exceptions.UpdateFinishedTrialError:
+            arm.lost = True
+        except StorageAway as error:
+            outcome = Outcome("cancelled", reason=str(error))
+            arm.record.error = outcome.reason
+            self.abort(error)
         except BaseException as error:
             outcome = Outcome("failed", reason=f"{type(error).__name__}: {error}")
             arm.record.error = outcome.reason
@@ -124,24 +134,38 @@ class Runner:
                 self._mend_base(arm)
             logger.warning("Trial %d failed. %s", arm.number, outcome.reason)
             logger.debug("%s", traceback.format_exc())
-            arm.trial.set_user_attr("rapidfire:error", outcome.reason)
+            self._note_error(arm, outcome.reason)
         finally:
             self._local.arm = None
             arm.walks = arm.trainer = None
+            if arm.lost:
+                outcome = Outcome("lost", reason=TAKEN_OVER)
             states = {"complete": TrialState.COMPLETE, "pruned": TrialState.STOPPED}
             arm.record.state = states.get(outcome.kind, TrialState.FAILED)
             try:
-                self.tell(
-                    "trial_ended",
-                    arm,
-                    state="failed" if outcome.kind == "cancelled" else outcome.kind,
-                    value=outcome.vector[0] if outcome.vector else None,
-                    reason=outcome.reason,
-                    adapter=arm.record.adapter,
-                )
+                if not arm.lost:
+                    self._tell_end(arm, outcome)
             finally:
                 conductor.leave(arm)
         return outcome
+
+    def _note_error(self, arm: Arm, reason: str) -> None:
+        try:
+            arm.trial.set_user_attr("rapidfire:error", reason)
+        except optuna.exceptions.UpdateFinishedTrialError:
+            arm.lost = True
+        except StorageAway as error:
+            self.abort(error)
+
+    def _tell_end(self, arm: Arm, outcome: Outcome) -> None:
+        self.tell(
+            "trial_ended",
+            arm,
+            state="failed" if outcome.kind == "cancelled" else outcome.kind,
+            value=outcome.vector[0] if outcome.vector else None,
+            reason=outcome.reason,
+            adapter=arm.record.adapter,
+        )
 
     def _train(self, arm: Arm, build: Builder) -> Outcome:
         base, record = self.base, arm.record
@@ -184,7 +208,7 @@ class Runner:
         return Outcome("complete", vector, reason)
 
     def _save(self, arm: Arm, model: PeftModel) -> None:
-        training.save(arm, model, self.folder(arm.number) / "adapter")
+        training.save(arm, model, self.adapter_folder(arm))
         arm.trial.set_user_attr("rapidfire:adapter", arm.record.adapter)
 
     def _mend_base(self, arm: Arm) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import threading
 import time
 from collections.abc import Callable
@@ -11,6 +12,9 @@ from optuna.trial import FrozenTrial
 
 from rapidfire_automl.executor import enqueueing
 from rapidfire_automl.executor.arm import Arm
+from rapidfire_automl.executor.crew import Crew
+
+_LOOK_S = 1.0
 
 
 class Arrivals:
@@ -64,6 +68,9 @@ class Arrivals:
         """Whether nobody has come or gone for a while."""
         return self._closed or (not self._waiting and time.monotonic() - self._last_s > max(1.0, 4 * self._gather_s))
 
+    news = False
+    """Other workers' trials are not these sources' concern."""
+
     @property
     def closed(self) -> bool:
         """Whether `close` was called and nobody waits."""
@@ -114,6 +121,8 @@ class Asking:
                 arms.append(self._start(trial))
         return arms
 
+    news = False
+
     def ask_for(self, trial: FrozenTrial) -> None:
         """Ask for one trial more: this one, before all others."""
         self._first.append(trial)
@@ -135,3 +144,65 @@ class Asking:
         if self._deadline is not None and time.monotonic() > self._deadline:
             return "the search's time is up"
         return "its sampler has seen all there is" if getattr(self._study, "_stop_flag", False) else ""
+
+
+class Claims:
+    """Trials that wait in a study for whichever worker has room.
+
+    Args:
+        crew: This worker among the others.
+        begin: Makes an arm of a trial that was claimed, its thread waiting for the baton; None if its end was decided
+            before.
+        timeout_s: No trial is claimed after so many seconds.
+    """
+
+    def __init__(self, crew: Crew, begin: Callable[[optuna.Trial], Arm | None], timeout_s: float | None) -> None:
+        self._crew = crew
+        self._begin = begin
+        self._looked_s = -math.inf
+        self._deadline = None if timeout_s is None else time.monotonic() + timeout_s
+
+    def offer(self, free: int, *, idle: bool) -> list[Arm]:
+        """Claim as many trials as there are free slots; with nothing else to do, look once a second."""
+        now = time.monotonic()
+        if self.over or (idle and now - self._looked_s < _LOOK_S):
+            return []
+        self._looked_s = now
+        arms: list[Arm] = []
+        for trial in self._crew.claimable():
+            if len(arms) >= free:
+                break
+            claimed = self._crew.claim(trial)
+            if claimed is None:
+                continue
+            self._looked_s = -math.inf  # what others do is counted again
+            arm = self._begin(claimed)
+            if arm is not None:
+                arms.append(arm)
+        return arms
+
+    def ask_for(self, trial: FrozenTrial) -> None:
+        """One that somebody has added through this worker; any may take it that can."""
+        self._crew.keep_for_itself(trial)
+
+    @property
+    def news(self) -> bool:
+        """Whether other workers' trials have come further since this was asked last."""
+        return self._crew.news
+
+    @property
+    def exhausted(self) -> bool:
+        """Whether no trial waits and no other worker's trains: what is paused here waits for nobody."""
+        return self.closed or (self._crew.left == 0 and self._crew.training == 0)
+
+    @property
+    def closed(self) -> bool:
+        """Whether no trial waits and no other worker has any that it could leave behind."""
+        return bool(self.over) or (self._crew.left == 0 and self._crew.others == 0)
+
+    @property
+    def over(self) -> str:
+        """Why no trial is started any more, or an empty string."""
+        if self._deadline is not None and time.monotonic() > self._deadline:
+            return "this worker's time is up"
+        return ""

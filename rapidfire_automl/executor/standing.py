@@ -13,6 +13,7 @@ from rapidfire_automl import attempts
 from rapidfire_automl.control import Command
 from rapidfire_automl.executor.arm import Arm
 from rapidfire_automl.executor.requests import Boundary
+from rapidfire_automl.executor.sources import Arrivals, Asking, Claims
 from rapidfire_automl.records import TrialRecord
 from rapidfire_policies.base import TrialState, Verdict
 
@@ -58,6 +59,7 @@ class Standing:
         self.wishes: dict[int, Wish] = {}
         self.study: optuna.Study | None = None
         self.conductor: Conductor | None = None
+        self.source: Asking | Arrivals | Claims | None = None
 
     @property
     def arms(self) -> Sequence[Arm]:
@@ -97,7 +99,7 @@ class Standing:
             Elsewhere: It lives in another process.
         """
         record = self._records.get(number)
-        if record is not None:
+        if record is not None and (record.state in ENDED or not isinstance(self.source, Claims)):
             return ENDED.get(record.state, "has not begun")
         trials = self.trials()
         if number not in trials:

@@ -9,6 +9,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from rapidfire_automl.control import Command, ControlError, Effect, Sent
+from rapidfire_automl.workers import CANCELLED_ATTR
 
 if TYPE_CHECKING:
     import optuna
@@ -24,14 +25,22 @@ class StudyMailbox:
         study: The study; in a storage that both ends reach.
         every_s: Between two looks.
         clock: Seconds that only grow.
+        shared: Whether several workers take commands from here, each what concerns its own trials. Then one that joins
+            makes no command stale and one that leaves ends nothing, and all take a change of policy.
     """
 
     foreign = True
 
     def __init__(
-        self, study: optuna.Study, *, every_s: float = 1.0, clock: Callable[[], float] = time.monotonic
+        self,
+        study: optuna.Study,
+        *,
+        every_s: float = 1.0,
+        clock: Callable[[], float] = time.monotonic,
+        shared: bool = False,
     ) -> None:
         self._study = study
+        self._shared = shared
         self._every_s, self._clock = every_s, clock
         self._looked_s = -every_s
         self.attempt = 0
@@ -66,7 +75,9 @@ class StudyMailbox:
     def open(self) -> None:
         """Begin an attempt."""
         last = self._study.user_attrs.get(ATTEMPT_ATTR)
-        self.attempt = (last["attempt"] if isinstance(last, Mapping) else 0) + 1
+        self.attempt = last["attempt"] if isinstance(last, Mapping) else 0
+        if not self._shared or last is None or last.get("ended"):
+            self.attempt += 1
         self._study.set_user_attr(ATTEMPT_ATTR, {"attempt": self.attempt, "ended": None})
 
     def take(self) -> list[Command]:
@@ -89,13 +100,16 @@ class StudyMailbox:
         found = []
         for key in sorted(key for key in attributes if key.startswith(COMMAND_ATTR)):
             name = key.removeprefix(COMMAND_ATTR)
-            if name in self._seen or ANSWER_ATTR + name in attributes:
+            answered = ANSWER_ATTR + name in attributes
+            if name in self._seen or (answered and not self._shared):
                 continue
             self._seen.add(name)
             try:
                 command = Command.from_json(attributes[key])
                 if command.id != name:
                     raise ControlError(f"its id is {command.id}")
+                if answered and command.verb != "set-policy":
+                    continue
             except (ControlError, TypeError) as error:
                 _log.warning("The study's attribute %s is no command and is ignored: %s", key, error)
                 continue
@@ -119,8 +133,15 @@ class StudyMailbox:
     def close(self, reason: str) -> None:
         """Answer what has come in the last moment, and say that nobody listens any more."""
         try:
+            if self._shared and self._others_go_on():
+                return
             for command in self._list(self._study.user_attrs):
                 self.answer(command, Effect("refused", reason))
             self._study.set_user_attr(ATTEMPT_ATTR, {"attempt": self.attempt, "ended": reason})
         except Exception as error:  # every storage has its own kinds of errors
             _log.warning("The study cannot be told that its search has ended: %s", error)
+
+    def _others_go_on(self) -> bool:
+        """Whether the search is neither over nor cancelled, so that a worker is there to take commands, or will be."""
+        live = [trial for trial in self._study.get_trials(deepcopy=False) if not trial.state.is_finished()]
+        return bool(live) and not self._study.user_attrs.get(CANCELLED_ATTR)

@@ -1,0 +1,161 @@
+"""Several workers on one study: real processes and signals, SQLite and a real PostgreSQL server."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import signal
+import sqlite3
+import time
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from rapidfire_automl import Search
+from tests import postgres
+from tests.executor.working import Process, of, result
+
+pytestmark = pytest.mark.slow
+
+ALL = bool(os.environ.get("RAPIDFIRE_FAULTS"))
+AWAY_S = 10.0 if ALL else 3.0
+KILLS = ["step=kill@9"]
+if ALL:
+    KILLS += ["worker.claimed=kill@2", "round.reported=kill@2", "round.judged=kill@1", "trial.ended=kill@1"]
+    KILLS += ["checkpoint.renaming=kill@2", "worker.beat=kill@4"]
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[postgres.Server]:
+    with postgres.server() as one:
+        yield one
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory: pytest.TempPathFactory) -> dict[int, dict[str, Any]]:
+    """What one worker comes to by itself."""
+    folder = tmp_path_factory.mktemp("alone")
+    storage = f"sqlite:///{folder / 'study.db'}"
+    Process(folder, storage, slots=4).finish()
+    return result(storage)
+
+
+def adapters(found: dict[int, dict[str, Any]]) -> dict[int, str]:
+    return {
+        number: hashlib.sha256((Path(trial["adapter"]) / "adapter_model.safetensors").read_bytes()).hexdigest()
+        for number, trial in found.items()
+    }
+
+
+def same(found: dict[int, dict[str, Any]], alone: dict[int, dict[str, Any]], trials: tuple[int, ...]) -> None:
+    """What does not depend on which proposals came first is bit by bit what one worker comes to."""
+    for number in trials:
+        for name in ("params", "values", "value"):
+            assert found[number][name] == alone[number][name], number
+        assert adapters({0: found[number]}) == adapters({0: alone[number]})
+
+
+def counted_once(*workers: Process) -> None:
+    """Every trial has ended once, in one worker."""
+    ended = Counter(event["trial"] for worker in workers for event in worker.of_kind("trial_ended"))
+    assert set(ended.values()) == {1}, ended
+
+
+@pytest.mark.parametrize("where", KILLS)
+def test_a_killed_workers_trials_are_taken_over(alone: dict[int, dict[str, Any]], tmp_path: Path, where: str) -> None:
+    """Two processes on one SQLite file; nothing of "database is locked" is heard of."""
+    storage = f"sqlite:///{tmp_path / 'study.db'}"
+    dies = Process(tmp_path, storage, where, name="dies", step_s=0.1)
+    lives = Process(tmp_path, storage, name="lives", step_s=0.1)
+    dies.killed()
+    lives.finish()
+    found = result(storage)
+    assert [trial["state"] for trial in found.values()] == ["COMPLETE"] * 4
+    assert {trial["attempt"] for trial in found.values()} == {1, 2}
+    same(found, alone, (0, 1))
+    assert "locked" not in dies.err + lives.err
+    assert all(event["data"]["attempt"] == 2 for event in lives.of_kind("trial_resumed"))
+
+
+def freeze(worker: Process, database: Path) -> None:
+    """SIGSTOP, but not while it has a lock on the file, which would stop everybody until it thaws."""
+    for _ in range(100):
+        worker.send(signal.SIGSTOP)
+        try:
+            with sqlite3.connect(database, timeout=0.1, isolation_level=None) as connection:
+                connection.execute("BEGIN EXCLUSIVE")
+                connection.execute("ROLLBACK")
+            return
+        except sqlite3.OperationalError:
+            worker.send(signal.SIGCONT)
+            time.sleep(0.05)
+    raise AssertionError("it always has a lock")
+
+
+def test_a_frozen_worker_does_not_count_twice_when_it_thaws(alone: dict[int, dict[str, Any]], tmp_path: Path) -> None:
+    storage = f"sqlite:///{tmp_path / 'study.db'}"
+    frozen = Process(tmp_path, storage, name="frozen", step_s=0.1)
+    frozen.wait_for(of("chunk_done"))
+    freeze(frozen, tmp_path / "study.db")
+    lives = Process(tmp_path, storage, name="lives")
+    lives.wait_for(of("chunk_done", trial=0))
+    frozen.send(signal.SIGCONT)
+    frozen.finish()
+    lives.finish()
+    found = result(storage)
+    assert [trial["state"] for trial in found.values()] == ["COMPLETE"] * 4
+    assert (found[0]["attempt"], found[1]["attempt"]) == (2, 2)
+    lost = {event["trial"] for event in frozen.of_kind("trial_lost")}
+    assert lost == {0, 1}
+    assert not lost & {event["trial"] for event in frozen.of_kind("trial_ended")}
+    counted_once(frozen, lives)
+    same(found, alone, (0, 1))
+    assert {Path(found[number]["adapter"]).name for number in lost} == {"adapter-2"}
+    assert not (tmp_path / "trials" / "0" / "adapter").exists()
+
+
+def test_commands_reach_whoever_has_the_trial_and_are_done_once(tmp_path: Path) -> None:
+    storage = f"sqlite:///{tmp_path / 'study.db'}"
+    a = Process(tmp_path, storage, name="a", step_s=0.2)
+    a.wait_for(of("step", trial=1))
+    b = Process(tmp_path, storage, name="b", step_s=0.2)
+    b.wait_for(of("step", trial=3))
+    search = Search(study="search", storage=storage)
+    sent = [search.pause(0), search.stop(3), search.add({"lr": 0.01})]
+    assert [effect and effect.state for effect in (one.wait(20.0) for one in sent)] == ["applied"] * 3
+    done = [{event["data"]["verb"] for event in worker.of_kind("command")} - {"add"} for worker in (a, b)]
+    assert done == [{"pause"}, {"stop"}]
+    b.send(signal.SIGTERM)  # what it has is taken up at once, not after the grace period
+    assert b.wait() == 128 + signal.SIGTERM
+    a.wait_for(of("trial_resumed"))
+    assert not a.of_kind("trial_orphaned")
+    last = search.cancel()
+    assert last.wait(20.0) is not None
+    a.finish()
+    found = result(storage)
+    assert set(found) == {0, 1, 2, 3, 4}
+    assert found[3]["state"] == "PRUNED"
+    late = Process(tmp_path, storage, name="late")
+    late.finish()
+    assert not late.of_kind("trial_started")
+
+
+def test_the_server_is_away_while_two_workers_are_at_work(server: postgres.Server, tmp_path: Path) -> None:
+    """Nobody takes anything over, nothing is done twice, and the screen says what is waited for."""
+    workers = [Process(tmp_path, server.url(), name=name, step_s=0.1, n_trials=6) for name in ("a", "b")]
+    for worker in workers:
+        worker.wait_for(of("chunk_done"))
+    server.stop()
+    time.sleep(AWAY_S)
+    server.start()
+    for worker in workers:
+        worker.finish()
+    found = result(server.url())
+    assert [(trial["state"], trial["attempt"]) for trial in found.values()] == [("COMPLETE", 1)] * 6
+    assert len({trial["worker"] for trial in found.values()}) == 2
+    counted_once(*workers)
+    assert all(worker.of_kind("storage_back") for worker in workers)
+    assert "a-secret" not in "".join(worker.out + worker.err for worker in workers)

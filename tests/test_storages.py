@@ -1,0 +1,151 @@
+"""Storages by name, their passwords, and what a broken connection leaves in doubt."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import optuna
+import pytest
+from optuna.trial import TrialState
+from sqlalchemy.exc import OperationalError
+
+from rapidfire_automl import attempts
+from rapidfire_automl.errors_of_storages import is_away, reason_of, redacted
+from rapidfire_automl.patience import PatientStorage, StorageAway
+from rapidfire_automl.storages import StorageError, open_storage, shown
+
+SECRETS = [
+    "postgresql+psycopg://me:s3cret@host:5432/db",
+    "postgresql+psycopg://me:s3cr@t-s3cret@host/db",
+    "postgresql+psycopg://me@host/db?password=s3cret&sslmode=require",
+    "mysql+pymysql://me:s3cret@host/db",
+    "error at 'postgresql://me:s3cret@host/db' now",
+    "postgresql://me@host/db?sslpassword=s3cret",
+]
+
+
+@pytest.mark.parametrize("text", SECRETS)
+def test_passwords_are_not_shown(text: str) -> None:
+    assert "s3cr" not in shown(text)
+    assert "host" in shown(text)
+    assert redacted(redacted(text)) == redacted(text)
+
+
+@pytest.mark.parametrize(
+    ("url", "says"),
+    [
+        ("nosuch://me:s3cret@host/db", "cannot be opened"),
+        ("postgresql+psycopg://me:s3cret@127.0.0.1:1/db", "cannot be opened"),
+        ("sqlite:////no/such/folder/study.db", "unable to open database file"),
+        ("postgresql+nosuch://me:s3cret@host/db", "cannot be opened"),
+    ],
+)
+def test_a_storage_that_cannot_be_opened_says_why_without_its_password(url: str, says: str) -> None:
+    with pytest.raises(StorageError, match=says) as caught:
+        open_storage(url)
+    assert "s3cret" not in str(caught.value)
+    assert caught.value.__cause__ is None and caught.value.__suppress_context__
+
+
+def test_a_journal_file_has_no_heartbeat(tmp_path: Path) -> None:
+    with pytest.raises(StorageError, match="can't say that it lives"):
+        open_storage(str(tmp_path / "study.log"), heartbeat_s=1)
+    study = optuna.create_study(storage=open_storage(str(tmp_path / "study.log")))
+    study.tell(study.ask(), 1.0)
+    assert (tmp_path / "study.log").stat().st_size > 0
+
+
+def broken() -> Exception:
+    error = optuna.exceptions.StorageInternalError("An exception is raised during the commit.")
+    error.__cause__ = OperationalError("COMMIT", {}, Exception("server closed the connection\n\tunexpectedly"))
+    return error
+
+
+class Breaks:
+    """A database whose connection breaks, before or after a call is committed.
+
+    Args:
+        inner: The database.
+        when: The calls that break, by name: "before" or "after"; each once.
+    """
+
+    def __init__(self, inner: Any, **when: str) -> None:
+        self._inner, self._when = inner, when
+
+    def __getattr__(self, name: str) -> Any:
+        call = getattr(self._inner, name)
+        when = self._when.get(name)
+        if when is None:
+            return call
+
+        def breaks(*args: Any, **kwargs: Any) -> Any:
+            del self._when[name]
+            if when == "after":
+                call(*args, **kwargs)
+            raise broken()
+
+        return breaks
+
+
+def study_that(tmp_path: Path, *, alone: bool = True, **when: str) -> optuna.Study:
+    path = f"sqlite:///{tmp_path / 'study.db'}"
+    optuna.create_study(storage=path, study_name="s", load_if_exists=True)
+    inner: Any = Breaks(optuna.storages.get_storage(path), **when)
+    return optuna.load_study(study_name="s", storage=PatientStorage(inner, alone=alone))
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_whether_a_broken_call_was_committed_makes_no_difference(tmp_path: Path, when: str) -> None:
+    calls = ("create_new_trial", "set_trial_param", "set_trial_intermediate_value", "set_trial_user_attr")
+    study = study_that(tmp_path, **dict.fromkeys((*calls, "set_trial_state_values"), when))
+    trial = study.ask()
+    trial.suggest_float("x", 0.0, 1.0)
+    trial.report(2.0, step=1)
+    trial.set_user_attr("kept", 7)
+    study.tell(trial, 3.0)
+    assert [(t.state, t.value) for t in study.get_trials()] == [(TrialState.COMPLETE, 3.0)]
+    assert (study.trials[0].intermediate_values, study.trials[0].user_attrs) == ({1: 2.0}, {"kept": 7})
+
+
+@pytest.mark.parametrize("alone", [True, False])
+def test_a_trial_that_may_have_been_taken(tmp_path: Path, alone: bool) -> None:
+    """Alone it can only have been us; among others it is left to its heartbeat, which it has none of."""
+    study = study_that(tmp_path, alone=alone, set_trial_state_values="after")
+    study.enqueue_trial({"x": 0.5})
+    taken = attempts.take(study, study.get_trials()[0])
+    assert (taken is not None) is alone
+
+
+def test_an_end_that_is_not_ours_is_not_taken_for_ours(tmp_path: Path) -> None:
+    study = study_that(tmp_path)
+    trial = study.ask()
+    other = optuna.load_study(study_name="s", storage=f"sqlite:///{tmp_path / 'study.db'}")
+    other.tell(trial.number, state=TrialState.FAIL)
+    with pytest.raises(optuna.exceptions.UpdateFinishedTrialError):
+        study._storage.set_trial_state_values(trial._trial_id, TrialState.COMPLETE, [1.0])
+
+
+def test_patience_has_an_end(tmp_path: Path) -> None:
+    heard: list[str] = []
+
+    class Gone(Breaks):
+        def __getattr__(self, name: str) -> Any:
+            def breaks(*args: Any, **kwargs: Any) -> Any:
+                raise broken()
+
+            return breaks
+
+    storage = PatientStorage(Gone(None), patience_s=0.3, say_after_s=0.1)  # type: ignore[arg-type]
+    storage.listen(lambda what, away_s, reason: heard.append(f"{what}: {reason}"))
+    with pytest.raises(StorageAway, match="server closed the connection"):
+        storage.get_trial(0)
+    assert heard == ["away: server closed the connection"]
+
+
+def test_what_does_not_pass_is_not_waited_for() -> None:
+    for message, away in (("no such table: trials", False), ("attempt to write a readonly database", False)):
+        assert is_away(OperationalError("x", {}, Exception(message))) is away
+    assert is_away(OperationalError("x", {}, Exception("database is locked")))
+    assert not is_away(ValueError("no"))
+    assert reason_of(broken()) == "server closed the connection"

@@ -1,0 +1,159 @@
+"""Who has which trial: budgets, claims, and doubles; two processes on one SQLite file."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from pathlib import Path
+
+import optuna
+import pytest
+from optuna.trial import TrialState
+
+from rapidfire_automl import attempts, workers
+from rapidfire_automl.cli.view import SearchView
+from rapidfire_automl.event_log import read_events
+from rapidfire_automl.events import Event
+from rapidfire_automl.storages import open_storage
+from rapidfire_automl.stories import why
+from tests.executor.forking import Forked
+
+N_TRIALS = 12
+
+
+def study_in(path: str, heartbeat_s: int | None = 1) -> optuna.Study:
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    grace_s = None if heartbeat_s is None else 3
+    storage = open_storage(path, heartbeat_s=heartbeat_s, grace_s=grace_s)
+    return optuna.create_study(study_name="s", storage=storage, load_if_exists=True)
+
+
+@pytest.fixture
+def study(tmp_path: Path) -> optuna.Study:
+    return study_in(str(tmp_path / "study.db"))
+
+
+def work(path: str) -> list[int]:
+    """Fill the study and take what one can; the numbers of the trials."""
+    study, worker = study_in(path), workers.Worker.here()
+    workers.fill(study, N_TRIALS)
+    mine = []
+    while waiting := workers.claimable(study, worker):
+        trial = workers.claim(study, waiting[0], worker)
+        if trial is not None:
+            trial.suggest_float("x", 0.0, 1.0)
+            trial.report(1.0, step=1)
+            mine.append(attempts.label(study, trial))
+            study.tell(trial, 1.0)
+    return mine
+
+
+@pytest.mark.slow
+def test_two_processes_on_one_sqlite_file_share_a_budget(tmp_path: Path) -> None:
+    """Both fill it, both take from it; nothing is taken twice, and no lock is heard of."""
+    path = str(tmp_path / "study.db")
+    both = [Forked(work, path) for _ in range(2)]
+    taken = [one.result() for one in both]
+    assert sorted([*taken[0], *taken[1]]) == list(range(N_TRIALS))
+    assert all("locked" not in one.err for one in both)
+
+
+def test_a_budget_is_topped_up_and_numbers_have_no_gaps(study: optuna.Study) -> None:
+    worker = workers.Worker.here()
+    workers.fill(study, 2, [{"x": 0.25}])
+    first = workers.claim(study, workers.claimable(study, worker)[0], worker)
+    assert first is not None
+    assert first.suggest_float("x", 0.0, 1.0) == 0.25
+    workers.hand_back(study, first)
+    workers.fill(study, 3)
+    workers.fill(study, 3)
+    assert [attempts.number_of(trial) for trial in workers.claimable(study, worker)] == [0, 1, 2]
+    assert attempts.attempt_of(workers.claimable(study, worker)[0]) == 2
+
+
+def test_of_doubles_the_first_counts_for_everybody(study: optuna.Study) -> None:
+    """Two workers have found the same trial orphaned, and queued the same command."""
+    trial = study.ask()
+    study.tell(trial, state=TrialState.FAIL)
+    failed = study.get_trials()[0]
+    second, _ = attempts.again(study, failed), attempts.again(study, failed)
+    for _ in range(2):
+        study.enqueue_trial({}, user_attrs={attempts.COMMAND_ATTR: "c1"})
+    assert [one.number for one in attempts.counted(study.get_trials())] == [0, second.number, 3]
+    assert {n: one.number for n, one in attempts.last_attempts(study).items()} == {0: 1, 3: 3}
+    assert len(workers.claimable(study, workers.Worker.here())) == 2
+
+
+def test_the_dead_and_the_orphaned_are_found_and_those_that_have_ended_are_not(study: optuna.Study) -> None:
+    worker = workers.Worker.here()
+    workers.fill(study, 4)
+    dead, orphan, ended, lives = [
+        workers.claim(study, trial, worker) for trial in workers.claimable(study, worker)
+    ]  # fmt: skip
+    assert dead and orphan and ended and lives
+    gone = Forked(int)
+    gone.wait()
+    dead.set_user_attr(workers.WORKER_ATTR, {**worker.to_json(), "pid": gone.pid})
+    study.tell(orphan, state=TrialState.FAIL)  # whoever has failed it did not come to queue it again
+    ended.set_user_attr(workers.LEDGER_ATTR, {"ended": {"outcome": "failed"}})
+    study.tell(ended, state=TrialState.FAIL)
+    assert sorted(workers.reap(study, ())) == [0, 1]
+    assert workers.reap(study, ()) == []
+    assert [(t.state.name, attempts.attempt_of(t)) for t in attempts.last_attempts(study).values()] == [
+        ("WAITING", 2),
+        ("WAITING", 2),
+        ("FAIL", 1),
+        ("RUNNING", 1),
+    ]
+
+
+def test_a_storage_without_a_heartbeat_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"open it with `rapidfire_automl\.open_storage"):
+        workers.rhythm(study_in(str(tmp_path / "study.db"), heartbeat_s=None))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        hasty = optuna.storages.RDBStorage("sqlite:///:memory:", heartbeat_interval=10, grace_period=11)
+    with pytest.raises(ValueError, match="at least twice"):
+        workers.rhythm(optuna.create_study(storage=hasty))
+
+
+def test_the_events_of_several_workers_make_one_story(tmp_path: Path) -> None:
+    """A worker that was frozen says something of a trial that others have by then: it does not count."""
+    told = [
+        ("a", 1, "search_started", None, {"study": "s", "chunks": 2, "direction": "minimize"}),
+        ("b", 2, "search_started", None, {"study": "s", "chunks": 2, "direction": "minimize"}),
+        ("a", 3, "trial_started", 0, {"params": {}}),
+        ("a", 4, "chunk_done", 0, {"value": 3.0}),
+        ("b", 5, "trial_resumed", 0, {"params": {}, "attempt": 2}),
+        ("b", 6, "chunk_done", 0, {"value": 2.0}),
+        ("b", 7, "trial_ended", 0, {"state": "complete", "value": 2.0, "reason": "trained to the end"}),
+        ("a", 8, "verdict", 0, {"verdict": "stop", "reason": "too late"}),
+        ("a", 9, "search_ended", None, {"status": "complete"}),
+    ]
+    for worker, at, kind, trial, data in told:
+        folder = tmp_path / "workers" / worker
+        folder.mkdir(parents=True, exist_ok=True)
+        line = {"seq": at, "time": f"2026-01-01T00:00:0{at}+00:00", "kind": kind, "trial": trial, "data": data}
+        with (folder / "events.jsonl").open("a") as file:
+            file.write(json.dumps(line) + "\n")
+    assert [line.worker for line in read_events(tmp_path).lines] == [worker for worker, *_ in told]
+    story = why(0, tmp_path)
+    assert "is complete" in story and "attempt 2" in story
+
+
+def test_the_table_shows_who_has_which_trial() -> None:
+    from rich.console import Console
+
+    from rapidfire_automl.cli.display import table
+
+    view = SearchView(2, 2)
+    view(Event("trial_started", 1.0, 0, 0, {"params": {"r": 4}, "boundaries": [1, 2]}))
+    other = {"of": 1, "worker": "host-7-ab", "state": "running", "chunk": 1, "value": 2.5, "params": {"r": 8}}
+    view(Event("elsewhere", 2.0, data=other))
+    console = Console(width=120, record=True, file=None)
+    with console.capture() as captured:
+        console.print(table(view, view.rows.values()))
+    first, second = captured.get().splitlines()[1:3]
+    assert "this one" in first and "host-7-ab" in second and "2.5" in second
+    view(Event("trial_lost", 3.0, 0, 1, {"worker": "host-7-ab"}))
+    assert "taken over by host-7-ab" in view.warnings[-1]
