@@ -6,7 +6,6 @@ Configurations are grouped by base; each group is one search on one `RapidFireEx
 from __future__ import annotations
 
 import logging
-import re
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -33,6 +32,7 @@ from rapidfire_automl.groups import (
 from rapidfire_automl.hints import nearest
 from rapidfire_automl.jsonable import dumps
 from rapidfire_automl.metrics import METRICS, Metric, builtin_metric
+from rapidfire_automl.names import check_folder, check_name
 from rapidfire_automl.results import FitResult, GroupResult
 from rapidfire_automl.sampling import Sampling
 from rapidfire_automl.strategies import check_count, check_direction, make_pruning
@@ -100,11 +100,7 @@ class Experiment(Controls):
         executor_options: Mapping[str, Any] | None = None,
         experiment_path: str | Path | None = None,
     ) -> None:
-        if not re.fullmatch(r"[\w-][\w .+-]*", str(experiment_name)):
-            raise ValueError(
-                "`experiment_name` must be a plain folder name of letters, digits, `-`, `_` and `.`, got "
-                f"{experiment_name!r}."
-            )
+        check_name(experiment_name, "experiment_name")
         if mode != "fit":
             raise ValueError(f'`mode` must be "fit", got {mode!r}.')
         self.experiment_name = experiment_name
@@ -117,7 +113,8 @@ class Experiment(Controls):
         self.listeners = tuple(listeners)
         self.mlflow_experiment = mlflow_experiment
         self.executor_options = dict(executor_options or {})
-        self._parent = Path(experiments_path if experiment_path is None else experiment_path)
+        parent = experiments_path if experiment_path is None else experiment_path
+        self._parent = Path(check_folder(parent, "experiments_path"))
         self._folder: Path | None = None
         self._searches: list[GroupResult] = []
         self._ended = False

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from optuna.study import StudyDirection
 
+from rapidfire_automl.disk import is_full
 from rapidfire_automl.events import Event, Listener
 from rapidfire_automl.journal import FILE, Journal
 from rapidfire_automl.jsonable import dumps, jsonable
@@ -199,7 +200,12 @@ def run_search(
                 journal(Event("search_ended", journal.elapsed_s, data={"status": status}))
                 records = {n: r for n, r in sorted(executor.records.items()) if n not in before}
                 result = _result(executor, records, journal, run_dir, status, maximize, facts or {})
-                _write(result, executor, records, journal.chunk_ends_s)
+                try:
+                    _write(result, executor, records, journal.chunk_ends_s)
+                except OSError as error:
+                    if not is_full(error):
+                        raise
+                    _log.error("The disk is full: %s has no summary. Make room and run it again.", run_dir)
                 if tracker is not None:
                     tracker.finish(result.summary)
     if status == "interrupted":
@@ -289,6 +295,7 @@ def _result(
         "chunks": executor.chunks,
         "seed": getattr(executor, "seed", None),
         "trials": [_trial(r, generating) for r in records.values()],
+        "checkpoints": getattr(executor, "spent", None),
         **({"rankings": rank(records, maximize=maximize)} if generating else {}),
         "explain": _explain(executor),
         "versions": installed(),
@@ -400,8 +407,12 @@ def add_to_summary(result: SearchResult, entries: Mapping[str, object]) -> None:
 def _replace(path: Path, text: str) -> None:
     """Write a file whole or not at all."""
     partial = path.with_name(path.name + ".partial")
-    partial.write_text(text + "\n", encoding="utf-8")
-    partial.replace(path)
+    try:
+        partial.write_text(text + "\n", encoding="utf-8")
+        partial.replace(path)
+    except OSError:
+        partial.unlink(missing_ok=True)
+        raise
 
 
 def _reasons(records: Mapping[int, TrialRecord], most: int = 3) -> str:

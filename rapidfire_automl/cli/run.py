@@ -42,7 +42,9 @@ def run(
 ) -> None:
     """Search: many LoRA trials on one frozen base, judged after every chunk.
 
-    Exit codes: 0 done, 1 all trials failed, 2 bad input, 130 interrupted.
+    Ctrl-C or SIGTERM ends it in good order, a second Ctrl-C at once; the same command goes on with it.
+
+    Exit codes: 0 done, 1 all trials failed, 2 bad input, 130 interrupted, 143 terminated.
     """
     terminal = Terminal(as_json=as_json, quiet=quiet, debug=debug)
     with terminal.session():
@@ -79,6 +81,7 @@ def search(
     if check_only:
         terminal.say("The search can be run.")
         return None
+    terminal.goes_on = bool(program.facts)
     view = SearchView(program.n_trials, wanted.chunks, maximize=settings.direction == "maximize")
     with on_screen(view, terminal.console, quiet=terminal.quiet) as listener:
         return programs.execute(program, [listener])

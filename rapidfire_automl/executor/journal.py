@@ -9,13 +9,13 @@ said is decided again, and decided alike.
 from __future__ import annotations
 
 import json
-import os
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
+from rapidfire_automl.disk import Appender, is_full
 from rapidfire_automl.jsonable import dumps
 from rapidfire_policies.base import Decision, Verdict
 
@@ -49,6 +49,9 @@ class Past:
         rounds: Rounds that were closed.
         over: Whether the search has come to its end.
         sampler_seed: What proposals are drawn from.
+        asking: Whether Optuna was being asked for a trial.
+        built: Trials that had all of their parameters.
+        said: Of the last round, `(trial, chunk, data)` of the events that tell of its verdicts.
     """
 
     facts: dict[str, Any] = field(default_factory=dict)
@@ -60,6 +63,9 @@ class Past:
     rounds: int = 0
     over: bool = False
     sampler_seed: int = 0
+    asking: bool = False
+    built: set[int] = field(default_factory=set)
+    said: list[tuple[int, int, dict[str, Any]]] = field(default_factory=list)
 
     def is_paused(self, number: int) -> bool:
         """Whether a trial was paused and has not trained since."""
@@ -108,28 +114,35 @@ class Journal:
                     f"Another process searches in {folder}. Wait for it, or take another folder."
                 ) from error
         self.past = read(folder / NAME)
-        self._file: IO[str] = (folder / NAME).open("a", encoding="utf-8")
-        if self._file.tell() and not _ends_a_line(folder / NAME):
-            self._file.write("\n")
+        self._lines = Appender(folder / NAME)
+        self._begin = b"" if _ends_a_line(folder / NAME) else b"\n"
         self._writing = threading.Lock()
 
-    def write(self, kind: str, **data: Any) -> None:
-        """Append an entry; it is on disk when this returns.
+    def write(self, kind: str, **data: Any) -> str:
+        """Append an entry; it is on disk when this returns, unless the disk is full.
+
+        Then it waits in memory and goes before the next one: should the process be killed before that, it is decided
+        again what it says.
+
+        Returns:
+            Why it waits, or an empty string.
 
         Raises:
-            OSError: It could not be written.
+            OSError: It could not be written, and not because the disk is full.
         """
         with self._writing:
-            if self._file.closed:
-                return
-            self._file.write(dumps({"kind": kind, **data}) + "\n")
-            self._file.flush()
-            os.fsync(self._file.fileno())
+            if self._lines.closed:
+                return ""
+            line, self._begin = self._begin + dumps({"kind": kind, **data}).encode() + b"\n", b""
+            error = self._lines.append(line, sync=True)
+        if error is not None and not is_full(error):
+            raise error
+        return "" if error is None else str(error.strerror)
 
     def close(self) -> None:
         """Let others in."""
         with self._writing:
-            self._file.close()
+            self._lines.close()
             self._lock.close()
 
 
@@ -140,10 +153,17 @@ def read(path: Path) -> Past:
         kind = entry.get("kind")
         if kind == "search":
             past.facts, past.over, past.sampler_seed = dict(entry["facts"]), False, entry["sampler_seed"]
+        elif kind == "asking":
+            past.asking = True
         elif kind == "asked":
             past.asked.append(entry["trial"])
+            past.asking = False
+        elif kind == "built":
+            past.built.add(entry["trial"])
         elif kind in ("round", "ruled"):
-            past.rounds += kind == "round"
+            if kind == "round":
+                past.rounds += 1
+                past.said = [(number, chunk, dict(data)) for number, chunk, data in entry.get("said", ())]
             for number, chunk, verdict, reason in entry["verdicts"]:
                 past.judged[number] = max(chunk, past.judged.get(number, 0))
                 if verdict:
@@ -171,9 +191,8 @@ def _entries(path: Path) -> Iterator[Mapping[str, Any]]:
 
 
 def _ends_a_line(path: Path) -> bool:
-    with path.open("rb") as file:
-        file.seek(-1, os.SEEK_END)
-        return file.read(1) == b"\n"
+    content = path.read_bytes()
+    return not content or content.endswith(b"\n")
 
 
 def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:

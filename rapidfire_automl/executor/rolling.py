@@ -6,11 +6,13 @@ import logging
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from rapidfire_automl.executor import overflow
 from rapidfire_automl.executor.arm import Arm
 from rapidfire_automl.executor.passes import Multiplexer
 from rapidfire_automl.executor.rollouts import Counts, Decoding, Rollout
-from rapidfire_automl.executor.seams import is_out_of_memory
 from rapidfire_automl.plan import Plan
+
+Failed = Callable[[Sequence[Arm], Exception], int]
 
 logger = logging.getLogger("rapidfire_automl")
 
@@ -30,7 +32,7 @@ class Rolling:
         multiplexer: Multiplexer,
         waiting: Sequence[Arm],
         plan: Plan,
-        fewer: Callable[[int], Plan],
+        failed: Failed,
         cancelled: Callable[[], bool],
     ) -> list[Arm]:
         """Roll out; in smaller batches where it does not fit.
@@ -39,7 +41,8 @@ class Rolling:
             multiplexer: The shared base.
             waiting: Arms that ask for a rollout, in trial order.
             plan: How many rows go together.
-            fewer: Called with the rows of a rollout that did not fit; returns the plan to go on with.
+            failed: Called with the arms of a rollout that has failed; says how many go together next, and answers one
+                that was alone.
             cancelled: Whether to leave off.
 
         Returns:
@@ -47,29 +50,22 @@ class Rolling:
         """
         served: list[Arm] = []
         for group in _groups(waiting, plan):
-            served += self._run(multiplexer, group, fewer, cancelled)
+            served += self._run(multiplexer, group, failed, cancelled)
         return sorted(served, key=lambda arm: arm.number)
 
     def _run(
         self,
         multiplexer: Multiplexer,
         arms: Sequence[Arm],
-        fewer: Callable[[int], Plan],
+        failed: Failed,
         cancelled: Callable[[], bool],
     ) -> list[Arm]:
-        decoding: Decoding | None = None
         done: list[Rollout] = []
         try:
-            decoding = Decoding(multiplexer, [(arm, arm.request) for arm in arms], self.counts)
-            while decoding.rollouts:
-                if cancelled():
-                    return []
-                done += decoding.advance()
+            self._decode(multiplexer, arms, done, cancelled)
         except Exception as error:
-            if is_out_of_memory(error):
-                fewer(sum(arm.request.rows for arm in arms))
+            size = failed(arms, error)
             if len(arms) == 1:
-                arms[0].answer = error
                 return list(arms)
             logger.warning(
                 "A rollout of %d trials failed (%s: %s); it is tried again in smaller ones.",
@@ -77,14 +73,23 @@ class Rolling:
                 type(error).__name__,
                 error,
             )
-            # A trial that was done has its generator back; the others' have drawn nothing that counts.
-            finished = {id(rollout.member) for rollout in done}
-            left = [arm for arm in arms if id(arm) not in finished]
-            size = max(1, len(left) // 2) if is_out_of_memory(error) else 1
-            groups = [left[start : start + size] for start in range(0, len(left), size)]
-            again = [arm for group in groups for arm in self._run(multiplexer, group, fewer, cancelled)]
-            return [self._answered(rollout) for rollout in done] + again
-        return [self._answered(rollout) for rollout in done]
+        else:
+            return [] if cancelled() else [self._answered(rollout) for rollout in done]
+        overflow.free_memory()
+        # A trial that was done has its generator back; the others' have drawn nothing that counts.
+        finished = {id(rollout.member) for rollout in done}
+        left = [arm for arm in arms if id(arm) not in finished]
+        groups = [left[start : start + size] for start in range(0, len(left), size)]
+        again = [arm for group in groups for arm in self._run(multiplexer, group, failed, cancelled)]
+        return [self._answered(rollout) for rollout in done] + again
+
+    def _decode(
+        self, multiplexer: Multiplexer, arms: Sequence[Arm], done: list[Rollout], cancelled: Callable[[], bool]
+    ) -> None:
+        """Decode until all are done or the search is cancelled; `done` has those who are, whatever is raised."""
+        decoding = Decoding(multiplexer, [(arm, arm.request) for arm in arms], self.counts)
+        while decoding.rollouts and not cancelled():
+            done += decoding.advance()
 
     def _answered(self, rollout: Rollout) -> Arm:
         arm = rollout.member

@@ -37,11 +37,13 @@ class Outcome:
         kind: "cancelled" if the search was ended.
         vector: Its last values, one an objective; empty if it has none.
         reason: In words.
+        traceback: Where it has raised.
     """
 
     kind: Literal["complete", "pruned", "failed", "cancelled"]
     vector: tuple[float, ...] = ()
     reason: str = ""
+    traceback: str = ""
 
 
 @dataclass
@@ -63,6 +65,7 @@ class Runner:
         warm_start: What an arm begins with, if not from nothing.
         durable: Whether trials are to survive the process.
         save: Puts an arm's state on disk.
+        save_later: Keeps an adapter for which the disk has no room yet; says whether it does.
         check_same: Raises if an arm that goes on was begun as another trial.
     """
 
@@ -80,6 +83,7 @@ class Runner:
     warm_start: Callable[[Arm], WarmStart | None]
     durable: Callable[[], bool] = lambda: False
     save: Callable[[Arm, Any, Any], None] = lambda arm, trainer, snapshot: None
+    save_later: Callable[[Arm, Path, Any], bool] = lambda arm, folder, snapshot: False
     check_same: Callable[[Arm, Any], None] = lambda arm, trainer: None
     _local: threading.local = field(default_factory=threading.local)
     _base_taken: bool = False
@@ -115,12 +119,12 @@ class Runner:
         except optuna.TrialPruned as pruned:
             outcome = Outcome("pruned", reason=str(pruned))
         except BaseException as error:
-            outcome = Outcome("failed", reason=f"{type(error).__name__}: {error}")
+            outcome = Outcome("failed", reason=f"{type(error).__name__}: {error}", traceback=traceback.format_exc())
             arm.record.error = outcome.reason
             if isinstance(error, BaseChanged) and not error.repaired:
                 self._mend_base(arm)
             logger.warning("Trial %d failed. %s", arm.number, outcome.reason)
-            logger.debug("%s", traceback.format_exc())
+            logger.debug("%s", outcome.traceback)
             arm.trial.set_user_attr("rapidfire:error", outcome.reason)
         finally:
             self._local.arm = None
@@ -135,6 +139,7 @@ class Runner:
                     value=outcome.vector[0] if outcome.vector else None,
                     reason=outcome.reason,
                     adapter=arm.record.adapter,
+                    **({"traceback": outcome.traceback} if outcome.traceback else {}),
                 )
             finally:
                 conductor.leave(arm)
@@ -169,7 +174,7 @@ class Runner:
         if not np.isfinite(vector).all():
             raise ValueError(f"the last value is {vector[0] if len(vector) == 1 else list(vector)}")
         assert isinstance(model, PeftModel)
-        training.save(arm, model, self.folder(arm.number) / "adapter")
+        training.save(arm, model, self.folder(arm.number) / "adapter", self.save_later)
         arm.trial.set_user_attr("rapidfire:adapter", arm.record.adapter)
         return Outcome("complete", vector, reason)
 
