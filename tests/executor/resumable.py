@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import optuna
+import torch
 from peft import LoraConfig
 
 from rapidfire_automl import PolicyPruner, RapidFireExecutor, failpoints
@@ -23,7 +24,7 @@ from rapidfire_automl.events import Event
 from rapidfire_automl.journal import FILE, Journal, read_events
 from rapidfire_automl.plan import Plan
 from rapidfire_policies import ASHA, Nop
-from tests.executor.searches import PLAN, make_executor, sft, sums, tiny_model
+from tests.executor.searches import PLAN, Do, make_executor, sft, sums, tiny_model
 
 POLICIES: dict[str, Any] = {
     "nop": Nop(),
@@ -48,6 +49,8 @@ def run(
     wide: bool = False,
     file_limit_bytes: int = 0,
     lifted_at: int | None = None,
+    poisoned: int | None = None,
+    raising: int | None = None,
 ) -> dict[str, Any]:
     """Search, or go on; what came of it, in plain JSON types."""
     begin_s = time.monotonic()
@@ -71,10 +74,21 @@ def run(
     def objective(trial: optuna.Trial) -> Any:
         lr = trial.suggest_float("lr", lowest, 1.0, log=True)
         failpoints.hit("objective")
+
+        def harm(model: Any, state: Any, **_: Any) -> None:
+            if state.global_step == 5 and trial.number == raising:
+                raise ZeroDivisionError("on purpose")
+            if state.global_step == 5 and trial.number == poisoned:
+                with torch.no_grad():
+                    for parameter in model.parameters():
+                        if parameter.requires_grad:
+                            parameter.fill_(float("nan"))
+
         return sft(
             executor,
             trial,
             lr=lr,
+            callbacks=[Do(harm)],
             num_train_epochs=2,
             train_dataset=sums(train_rows),
             peft_config=LoraConfig(
