@@ -11,6 +11,12 @@ import os
 import shutil
 from io import RawIOBase
 from pathlib import Path
+from typing import IO
+
+try:
+    import fcntl
+except ImportError:  # Windows: nobody keeps a second process out
+    fcntl = None  # type: ignore[assignment]
 
 _ERRNOS = (errno.ENOSPC, errno.EFBIG, errno.EDQUOT)
 _WORDS = tuple(os.strerror(number).lower() for number in _ERRNOS)
@@ -42,6 +48,18 @@ def has_room(folder: Path, needed_bytes: int) -> bool:
     except OSError:
         return True  # the write itself will tell
     return usage.free >= needed_bytes + min(_RESERVE_BYTES, int(_RESERVE_SHARE * usage.total))
+
+
+def claim(path: Path) -> IO[str] | None:
+    """Lock a file for this process, until it is closed; None where another process has it."""
+    file = path.open("a", encoding="utf-8")
+    if fcntl is not None:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            file.close()
+            return None
+    return file
 
 
 class Appender:

@@ -138,6 +138,7 @@ def execute(program: Program, listeners: Sequence[Listener] = ()) -> SearchResul
             "eval_examples": len(program.held_out),
         },
         own=True,
+        more=False,
     )
 
 

@@ -53,7 +53,13 @@ class Executor(Protocol):
         """What became of each trial so far."""
 
     def optimize(
-        self, study: optuna.Study, objective: Callable[..., Any], n_trials: int, timeout_s: float | None = None
+        self,
+        study: optuna.Study,
+        objective: Callable[..., Any],
+        n_trials: int,
+        timeout_s: float | None = None,
+        *,
+        more: bool = True,
     ) -> None:
         """Search, in one thread's order."""
 
@@ -145,6 +151,7 @@ def run_search(
     mlflow_experiment: str | None = None,
     facts: Mapping[str, object] | None = None,
     own: bool = False,
+    more: bool = True,
 ) -> SearchResult:
     """Search, and write `events.jsonl`, `summary.json`, `plan.json`, `curves.png` and `timeline.png`.
 
@@ -163,6 +170,8 @@ def run_search(
         facts: Entries to add to the summary (settings, data set, ...); they do not replace ours.
         own: Whether to enter and close the executor here, so that loading the base is timed and its events are kept;
             else both are the caller's.
+
+        more: As of `RapidFireExecutor.optimize`: whether a search in `run_dir` that is over is followed by another.
 
     While it runs it can be steered: from this process by the executor's verbs, from others by `Search(run_dir)` and
     the command line.
@@ -192,7 +201,7 @@ def run_search(
         with executor if own else nullcontext():
             status = "crashed"
             try:
-                status = _optimize(executor, study, objective, n_trials, timeout_s, before)
+                status = _optimize(executor, study, objective, n_trials, timeout_s, before, more=more)
             except SystemExit:  # SIGTERM
                 status = "interrupted"
                 raise
@@ -222,6 +231,8 @@ def _optimize(
     n_trials: int,
     timeout_s: float | None,
     before: set[int],
+    *,
+    more: bool,
 ) -> str:
     """Drive the executor; how it ended: "complete", "cancelled", "failed" (every trial) or "interrupted"."""
 
@@ -230,7 +241,7 @@ def _optimize(
         return bool(states) and all(state is TrialState.FAILED for state in states)
 
     try:
-        executor.optimize(study, objective, n_trials=n_trials, timeout_s=timeout_s)
+        executor.optimize(study, objective, n_trials=n_trials, timeout_s=timeout_s, more=more)
     except KeyboardInterrupt:
         return "interrupted"
     except RuntimeError:

@@ -55,7 +55,9 @@ class Engine:
     def objective(self, build: Any) -> Any:
         return build
 
-    def optimize(self, study: optuna.Study, objective: Any, n_trials: int, timeout_s: float | None = None) -> None:
+    def optimize(
+        self, study: optuna.Study, objective: Any, n_trials: int, timeout_s: float | None = None, *, more: bool = True
+    ) -> None:
         for _ in range(n_trials):
             trial = study.ask()
             record = self.records[trial.number] = TrialRecord(trial.number, {})

@@ -67,8 +67,10 @@ class Case:
 
 
 def kill(case: Case) -> dict[str, Any]:
+    """Between the first step and the last, by the clock."""
     process = case.start()
-    if not process.ends_within(case.draw.uniform(0.0, case.whole["seconds"])):
+    process.until(lambda: (case.folder / "out" / "events.jsonl").exists() and bool(steps_of(case.folder)))
+    if not process.ends_within(case.draw.uniform(0.0, case.whole["training_s"])):
         process.send(signal.SIGKILL)
     process.wait()
     return dict(case.start().result())
@@ -180,10 +182,12 @@ def main() -> None:
             )
             wholes[name] = dict(case.start().result())
             wholes[name]["steps"] = steps_of(case.folder)
+            times = [line.event.time_s for line in read_events(case.folder / "out").lines if line.event.kind == "step"]
+            wholes[name]["training_s"] = times[-1] - times[0]
         steps_a_chunk = max(wholes[""]["steps"].values()) / options["chunks"]
         for place, (kind, (fault, how)) in enumerate(KINDS.items()):
             whole = wholes["wide" if how == "wide" else ""]
-            step_s = whole["seconds"] / sum(whole["steps"].values())
+            step_s = whole["training_s"] / sum(whole["steps"].values())
             tries: list[dict[str, Any]] = []
             for time in range(given.times):
                 draw = random.Random(f"{config['seed']} {place} {time}")

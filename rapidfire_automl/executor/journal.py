@@ -15,14 +15,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from rapidfire_automl.disk import Appender, is_full
+from rapidfire_automl.disk import Appender, claim, is_full
 from rapidfire_automl.jsonable import dumps
 from rapidfire_policies.base import Decision, Verdict
-
-try:
-    import fcntl
-except ImportError:  # Windows: nobody keeps a second process out
-    fcntl = None  # type: ignore[assignment]
 
 NAME = "journal.jsonl"
 
@@ -104,15 +99,10 @@ class Journal:
 
     def __init__(self, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
-        self._lock = (folder / "lock").open("a", encoding="utf-8")
-        if fcntl is not None:
-            try:
-                fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError as error:
-                self._lock.close()
-                raise FolderInUse(
-                    f"Another process searches in {folder}. Wait for it, or take another folder."
-                ) from error
+        lock = claim(folder / "lock")
+        if lock is None:
+            raise FolderInUse(f"Another process searches in {folder}. Wait for it, or take another folder.")
+        self._lock = lock
         self.past = read(folder / NAME)
         self._lines = Appender(folder / NAME)
         self._begin = b"" if _ends_a_line(folder / NAME) else b"\n"
