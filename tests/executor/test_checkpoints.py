@@ -45,6 +45,8 @@ from rapidfire_automl.executor.checkpoints import (
 from rapidfire_automl.executor.trees import decode, encode
 from rapidfire_automl.executor.writing import Trouble, Writer, Written
 
+pytestmark = pytest.mark.faults
+
 FILES = ["adapter_config.json", "adapter_model.safetensors", "manifest.json", "state.json", "tensors.safetensors"]
 
 

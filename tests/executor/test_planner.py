@@ -20,6 +20,8 @@ from rapidfire_automl.plan import Plan
 from tests.executor.searches import LRS, TRAIN, Done, by_lr, make_executor, search, sft, tiny_model
 from tests.executor.test_rounds import with_dropout
 
+pytestmark = pytest.mark.faults
+
 Full = Callable[[Sequence[Any]], bool]
 
 
