@@ -103,12 +103,13 @@ def last_attempts(study: optuna.Study) -> dict[int, FrozenTrial]:
     return dict(sorted(last.items()))
 
 
-def retry(study: optuna.Study, trial: FrozenTrial) -> FrozenTrial | None:
+def retry(study: optuna.Study, trial: FrozenTrial, *, inherit: bool = True) -> FrozenTrial | None:
     """Fail a trial whose process is gone and put a new attempt in its place.
 
     Args:
         study: Its study.
         trial: A RUNNING trial.
+        inherit: See `again`.
 
     Returns:
         The WAITING attempt; None if somebody else was faster.
@@ -119,18 +120,24 @@ def retry(study: optuna.Study, trial: FrozenTrial) -> FrozenTrial | None:
             return None
     except optuna.exceptions.UpdateFinishedTrialError:
         return None
-    return again(study, trial)
+    return again(study, trial, inherit=inherit)
 
 
-def again(study: optuna.Study, trial: FrozenTrial) -> FrozenTrial:
-    """A new, WAITING attempt at a trial that has failed."""
+def again(study: optuna.Study, trial: FrozenTrial, *, inherit: bool = True) -> FrozenTrial:
+    """A new, WAITING attempt at a trial that has failed.
+
+    Args:
+        study: Its study.
+        trial: The last attempt.
+        inherit: Whether it has the same parameters; else all are proposed again, as where only some had been.
+    """
     attrs = copy.deepcopy(trial.system_attrs)
     attrs.setdefault(_FIRST, trial.number)
     attrs[_HISTORY] = [*(attrs.get(_HISTORY) or []), trial.number]
     attempt = optuna.create_trial(
         state=OptunaState.WAITING,
-        params=dict(trial.params),
-        distributions=dict(trial.distributions),
+        params=dict(trial.params) if inherit else {},
+        distributions=dict(trial.distributions) if inherit else {},
         user_attrs=copy.deepcopy(trial.user_attrs),
         system_attrs=attrs,
         intermediate_values=dict(trial.intermediate_values),

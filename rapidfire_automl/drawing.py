@@ -114,6 +114,11 @@ def amount(count: int) -> str:
     return str(count)
 
 
+def megabytes(count: int) -> str:
+    """Bytes in three digits: 12345678 -> "12.3 MB"."""
+    return f"{count / 1e6:.3g} MB"
+
+
 def time_ticks(start_s: float, end_s: float, most: int = 8) -> list[float]:
     """Round times within a stretch, at most `most` of them."""
     steps = (0.1, 0.2, 0.5, 1, 2, 5, 10, 15, 30, 60, 120, 300, 600, 900, 1800, 3600, 7200, 21600, 86400)

@@ -15,6 +15,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, TypeGuard
 
+from rapidfire_automl.disk import Appender
 from rapidfire_automl.events import Event, Listener
 from rapidfire_automl.jsonable import dumps
 
@@ -26,7 +27,6 @@ WORKERS = "workers"
 """Where several workers on one search have a folder each."""
 
 _BLOCK_BYTES = 65536
-_sync = getattr(os, "fdatasync", os.fsync)
 
 
 class EventLog:
@@ -35,7 +35,8 @@ class EventLog:
     A line is an event with `seq`, which counts up through all searches in the file, and `time`, the wall clock in UTC.
     Each is handed to the system as it happens, and a verdict is on the disk before anyone acts on it. What a killed
     search left of a last line is cut off when the next one goes on. Lines that can't be written, since the disk is
-    full, wait in memory for the next event.
+    full, wait in memory for the next event. A search that goes on tells its last verdicts again, since the kill may
+    have come before they were written here; those that were are dropped.
 
     Args:
         path: The file; made when missing.
@@ -43,12 +44,11 @@ class EventLog:
     """
 
     def __init__(self, path: Path, listeners: Iterable[Listener] = ()) -> None:
-        self._path = path
-        self._file = path.open("ab+", buffering=0)
-        whole, self._seq = _end_of(self._file)
-        self._file.truncate(whole)
-        self._waiting = b""
+        self._lines = Appender(path)
+        whole, self._seq = _end_of(self._lines.file)
+        self._lines.file.truncate(whole)
         self._is_full = False
+        self._verdicts: set[tuple[Any, ...]] | None = None
         self._listeners = tuple(listeners)
         self._lock = threading.RLock()
         self.start_s = time.monotonic()
@@ -58,7 +58,7 @@ class EventLog:
     def __call__(self, event: Event) -> None:
         """Write the event down and pass it on; an event that comes after the end is dropped."""
         with self._lock:
-            if self._file.closed:
+            if self._lines.closed or self._knows(event):
                 return
             if event.kind == "verdict" and self.first_verdict_s is None:
                 self.first_verdict_s = self.elapsed_s
@@ -85,18 +85,20 @@ class EventLog:
                     _log.exception("A listener failed on %s; the search goes on.", event.kind)
 
     def _write(self, line: bytes, *, sync: bool) -> None:
-        self._waiting += line
-        try:
-            while self._waiting:
-                self._waiting = self._waiting[self._file.write(self._waiting) or 0 :]
-            if sync:
-                _sync(self._file.fileno())
-        except OSError as error:
-            if not self._is_full:
-                _log.warning("%s cannot be written (%s); its lines are kept for later.", self._path, error)
-            self._is_full = True
-        else:
-            self._is_full = False
+        error = self._lines.append(line, sync=sync)
+        if error is not None and not self._is_full:
+            _log.warning("%s cannot be written (%s); its lines are kept for later.", self._lines.path, error)
+        self._is_full = error is not None
+
+    def _knows(self, event: Event) -> bool:
+        """Whether an earlier process has written down a verdict that is told again."""
+        if event.kind != "verdict" or not event.data.get("again"):
+            return False
+        if self._verdicts is None:
+            self._lines.file.seek(0)
+            lines = map(_parse, (self._lines.file.read() or b"").split(b"\n"))
+            self._verdicts = {_of_verdict(line.event) for line in lines if line is not None}
+        return _of_verdict(event) in self._verdicts
 
     @property
     def elapsed_s(self) -> float:
@@ -110,9 +112,9 @@ class EventLog:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         with self._lock:
-            if not self._file.closed:
+            if not self._lines.closed:
                 self._write(b"", sync=True)
-                self._file.close()
+                self._lines.close()
 
 
 @dataclass(frozen=True)
@@ -239,6 +241,10 @@ def _parse(raw: bytes, worker: str = "") -> Line | None:
         ),
         worker,
     )
+
+
+def _of_verdict(event: Event) -> tuple[Any, ...]:
+    return event.kind, event.trial, event.chunk, str(event.data.get("verdict")), event.data.get("reason")
 
 
 def _is_int(value: Any) -> TypeGuard[int]:

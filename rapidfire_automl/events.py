@@ -23,16 +23,21 @@ class Event:
     - `chunk_done`: `value` (as the user's metric gives it, sign not flipped), `seconds`, `tokens`, `generated` (0 for
       trials that don't generate); with several objectives `vector`, and `value` is its first.
     - `verdict`: `verdict`, `reason`, `by` (the policy or pruner; "" for the executor itself) and `numbers`
-      (`rapidfire_policies.Decision.numbers`, values in the user's sign). Also for paused trials that resume.
-    - `trial_ended`: `state` ("complete", "pruned", "failed"), `value`, `reason`, `adapter` (path or None).
+      (`rapidfire_policies.Decision.numbers`, values in the user's sign). Also for paused trials that resume. `again`
+      where a search that goes on tells what an earlier process may have been killed before telling.
+    - `trial_ended`: `state` ("complete", "pruned", "failed"), `value`, `reason`, `adapter` (path or None); of one that
+      has raised, `traceback`.
     - `command`: `id`, `verb`, `of` (the trial it is about, or None), `arguments`, `source`, `sent_s` (seconds since
       1970), `effect` ("applied" or "refused"), `text`. Somebody has stepped in; told when it has taken effect. `source`
       says what, user, process, terminal and host; "Python" and "notebook panel" are the search's own process.
     - `trial_resumed`: `attempt`. A trial goes on after its process ended, from `chunk`.
-    - `checkpoint`: `bytes`, `seconds`. The trial is on the disk as of `chunk`.
-    - `checkpoint_damaged`: `reason`. It goes on from an older one.
-    - `writing_paused`: `reason`. The disk is full.
-    - `out_of_memory`: `budget_tokens` (the new one); with a trial, it alone did not fit.
+    - `search_resumed`: `ended`, `going_on` (trials). A search goes on after its process ended.
+    - `checkpoint`: `folder`, `bytes`, `seconds` (of the writer), `disk_bytes` (of all that are kept). A trial is on the
+      disk as of a chunk.
+    - `checkpoint_damaged`: `folder`, `reason`. It goes on from an older one.
+    - `writing_paused`, `writing_resumed`: `folder`, `reason`. The disk is full, or has room again; training goes on.
+    - `writing_failed`, `writing_lost`: `folder`, `reason`. One is given up; one is lost, since the search ended.
+    - `out_of_memory`: `budget_tokens` (the new one); with a trial, it alone did not fit, and the budget stays.
     - `elsewhere`: `of` (a trial), `worker` (who has it), `state`, `chunk`, `value`, `params`. How another worker's
       trial fares, as the study tells.
     - `trial_orphaned`: `of`, `worker`. A worker has gone, or been silent for too long; its trial is there to be taken.

@@ -6,7 +6,6 @@ Configurations are grouped by base; each group is one search on one `RapidFireEx
 from __future__ import annotations
 
 import logging
-import re
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -16,10 +15,11 @@ from typing import Any, Self
 import optuna
 from optuna.study import StudyDirection
 
-from rapidfire_automl.attempts import number_of
+from rapidfire_automl.attempts import last_attempts, number_of
 from rapidfire_automl.bases import CreateModel, load_model, make_executor
 from rapidfire_automl.control import Command, ControlError, Controls, Sent
 from rapidfire_automl.events import Listener
+from rapidfire_automl.experiment_folders import ExperimentFolder, facts_of
 from rapidfire_automl.fit_checks import check_data, check_search, eval_sampling_of
 from rapidfire_automl.groups import (
     ConfigGroup,
@@ -33,6 +33,7 @@ from rapidfire_automl.groups import (
 from rapidfire_automl.hints import nearest
 from rapidfire_automl.jsonable import dumps
 from rapidfire_automl.metrics import METRICS, Metric, builtin_metric
+from rapidfire_automl.names import check_folder, check_name
 from rapidfire_automl.results import FitResult, GroupResult
 from rapidfire_automl.sampling import Sampling
 from rapidfire_automl.strategies import check_count, check_direction, make_pruning
@@ -48,6 +49,9 @@ _FOREIGN = ("num_gpus", "monte_carlo_simulations")
 
 class Experiment(Controls):
     """A folder of searches; its verbs (`pause`, `clone`, ...) steer the one that runs, from another thread.
+
+    One whose process was killed or interrupted goes on where the same program is run again: what has come to its end is
+    found again, the search that was cut short is taken up. One that is done is left alone, and a new one begins.
 
     Args:
         experiment_name: Name of the folder; a number is added where it is taken.
@@ -100,11 +104,7 @@ class Experiment(Controls):
         executor_options: Mapping[str, Any] | None = None,
         experiment_path: str | Path | None = None,
     ) -> None:
-        if not re.fullmatch(r"[\w-][\w .+-]*", str(experiment_name)):
-            raise ValueError(
-                "`experiment_name` must be a plain folder name of letters, digits, `-`, `_` and `.`, got "
-                f"{experiment_name!r}."
-            )
+        check_name(experiment_name, "experiment_name")
         if mode != "fit":
             raise ValueError(f'`mode` must be "fit", got {mode!r}.')
         self.experiment_name = experiment_name
@@ -117,8 +117,9 @@ class Experiment(Controls):
         self.listeners = tuple(listeners)
         self.mlflow_experiment = mlflow_experiment
         self.executor_options = dict(executor_options or {})
-        self._parent = Path(experiments_path if experiment_path is None else experiment_path)
-        self._folder: Path | None = None
+        parent = experiments_path if experiment_path is None else experiment_path
+        self._parent = Path(check_folder(parent, "experiments_path"))
+        self._folder: ExperimentFolder | None = None
         self._searches: list[GroupResult] = []
         self._ended = False
         self._running: Any = None
@@ -207,20 +208,21 @@ class Experiment(Controls):
     def end(self) -> None:
         """Close the experiment; results stay readable."""
         self._ended = True
+        if self._folder is not None:
+            self._folder.close()
 
     @property
     def folder(self) -> Path:
-        """The experiment's folder, made at the first call."""
+        """The experiment's folder; a new one where it is asked for before the first `run_fit`."""
+        return self._open({}).path
+
+    def _open(self, facts: Mapping[str, Any]) -> ExperimentFolder:
         if self._folder is None:
-            name, number = self.experiment_name, 1
-            while self._folder is None:
-                try:
-                    (self._parent / name).mkdir(parents=True)
-                    self._folder = self._parent / name
-                except FileExistsError:
-                    number += 1
-                    name = f"{self.experiment_name}_{number}"
-            if number > 1:
+            self._folder = ExperimentFolder(self._parent, self.experiment_name, facts)
+            name = self._folder.path.name
+            if self._folder.goes_on:
+                _log.warning("%s was cut short; it goes on.", self._folder.path)
+            elif name != self.experiment_name:
                 _log.warning("%s exists; this experiment is %s.", self._parent / self.experiment_name, name)
             self.experiment_name = name
         return self._folder
@@ -238,6 +240,9 @@ class Experiment(Controls):
 
         done: list[GroupResult] = []
         failed: list[SearchFailed] = []
+        facts = facts_of(chunks, seed, [_facts(search) for _, search in plans])
+        folder = self._open(facts)
+        folder.begin(facts)
         try:
             for group, search in plans:
                 found = self._begin(group, search)
@@ -255,6 +260,7 @@ class Experiment(Controls):
         finally:
             rows = [row for search in self._searches for row in search.runs()]
             (self.folder / "runs.json").write_text(dumps(rows, indent=2), encoding="utf-8")
+        folder.end()
         if len(failed) == len(plans):
             raise failed[-1]
         return FitResult(done, self.folder)
@@ -266,11 +272,13 @@ class Experiment(Controls):
         pruning = search.pruning
         study = optuna.create_study(
             study_name=f"{self.folder.name}-{len(self._searches) + 1}",
+            storage=f"sqlite:///{(self.folder / 'study.db').absolute()}",
+            load_if_exists=True,
             direction=StudyDirection[search.direction.upper()],
             sampler=search.sampler,
             pruner=PolicyPruner(pruning) if isinstance(pruning, Policy) else pruning or optuna.pruners.NopPruner(),
         )
-        for params in search.queue:
+        for params in search.queue if not study.get_trials(deepcopy=False) else ():
             study.enqueue_trial(dict(params))
         if isinstance(group, RFOptuna):
             group.studies.append(study)
@@ -279,7 +287,7 @@ class Experiment(Controls):
             trainer_type=search.trainer_type,
             model_name=str(search.base["model_name"]),
             study=study,
-            first_run_id=1 if last is None else last.first_run_id + max(len(last.study.trials), 1),
+            first_run_id=1 if last is None else last.first_run_id + max(len(last_attempts(last.study)), 1),
             direction=search.direction,
             metric=_metric_name(search),
         )
@@ -343,11 +351,14 @@ class Experiment(Controls):
                     timeout_s=timeout_s,
                     listeners=self.listeners,
                     mlflow_experiment=self.mlflow_experiment,
+                    more=False,
                     facts={"experiment": self.experiment_name, "base": dict(search.base), "metric": found.metric},
                 )
             finally:
                 self._running = None
                 found.records = dict(executor.records)
+                if self._folder is not None and self._folder.goes_on:
+                    found.recall_logs()
 
 
 def _chunks(num_chunks: int | None, num_shards: int | None) -> int:
@@ -364,6 +375,19 @@ def _check_foreign(foreign: Mapping[str, Any]) -> None:
             near = nearest(name, known)
             raise ValueError(f"`{name}` is no argument of run_fit.{f' Did you mean `{near}`?' if near else ''}")
         warnings.warn(f"`{name}` is ignored: it means nothing to rapidfire_automl.", stacklevel=3)
+
+
+def _facts(search: Search) -> dict[str, Any]:
+    """What makes it another search."""
+    return {
+        "trainer": search.trainer_type,
+        "base": dict(search.base),
+        "space": search.space.value,
+        "trials": search.n_trials,
+        "queue": search.queue,
+        "direction": search.direction,
+        "metric": _metric_name(search),
+    }
 
 
 def _metric_name(search: Search) -> str:

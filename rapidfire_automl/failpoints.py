@@ -1,17 +1,22 @@
-"""Failpoints: places where a test makes the process die, stop or raise, named in an environment variable.
+"""Failpoints: places where a test makes the process die, stop, raise or run short, named in an environment variable.
 
-`RAPIDFIRE_FAILPOINTS="checkpoint.renaming=kill@3,round.reported=raise"`: SIGKILL at the third time the first is passed,
-an exception at the first time the second is. Without the variable a failpoint does nothing.
+`RAPIDFIRE_FAILPOINTS="checkpoint.renaming=kill@3,pass.forward=oom@2-5"`: SIGKILL at the third time the first is passed,
+no memory for the second from the second time to the fifth. Without the variable a failpoint does nothing.
 """
 
 from __future__ import annotations
 
+import errno
 import os
+import re
 import signal
 import threading
+from dataclasses import dataclass
 
 VARIABLE = "RAPIDFIRE_FAILPOINTS"
-_ACTIONS = ("kill", "stop", "raise")
+_ACTIONS = ("kill", "stop", "raise", "oom", "full")
+_COUNT = r"[1-9][0-9]*"
+_ENTRY = re.compile(rf"(?P<name>[^=]+)=(?P<action>{'|'.join(_ACTIONS)})(@(?P<first>{_COUNT})(-(?P<last>{_COUNT}))?)?")
 _lock = threading.Lock()
 _passed: dict[str, int] = {}
 
@@ -20,43 +25,69 @@ class FailpointError(RuntimeError):
     """What a failpoint raises."""
 
 
-def parse(text: str) -> dict[str, tuple[str, int]]:
-    """What to do where: action and the how-manieth time, by failpoint.
+@dataclass(frozen=True, slots=True)
+class Wanted:
+    """What is to happen at a failpoint.
+
+    Args:
+        action: "kill" (SIGKILL to the process itself), "stop" (SIGSTOP), "raise", "oom" (out of memory) or "full"
+            (no space left on the disk).
+        first: At the how-manieth time.
+        last: Until which.
+    """
+
+    action: str
+    first: int = 1
+    last: int = 1
+
+
+def parse(text: str) -> dict[str, Wanted]:
+    """What is to happen where.
 
     Raises:
         ValueError: It is not of the form `name=action@n`.
 
-    >>> parse("checkpoint.renaming=kill@3, round.reported=raise")
-    {'checkpoint.renaming': ('kill', 3), 'round.reported': ('raise', 1)}
+    >>> parse("checkpoint.renaming=kill@3, pass.forward=oom@2-5")["pass.forward"]
+    Wanted(action='oom', first=2, last=5)
     """
     wanted = {}
     for entry in filter(None, (part.strip() for part in text.split(","))):
-        name, _, rest = entry.partition("=")
-        action, _, count = rest.partition("@")
-        count = count or "1"
-        if not name or action not in _ACTIONS or not count.isdecimal() or int(count) < 1:
+        found = _ENTRY.fullmatch(entry)
+        if found is None:
             raise ValueError(f"`{VARIABLE}` must be like 'checkpoint.renaming=kill@3' ({_ACTIONS}), got {entry!r}.")
-        wanted[name] = (action, int(count))
+        first = int(found["first"] or 1)
+        wanted[found["name"]] = Wanted(found["action"], first, int(found["last"] or first))
     return wanted
 
 
 def hit(name: str) -> None:
-    """Pass a failpoint: `kill` is SIGKILL to the process itself, `stop` SIGSTOP, `raise` an exception.
+    """Pass a failpoint.
 
     Raises:
         FailpointError: The environment asks for it.
+        torch.OutOfMemoryError: Likewise.
+        OSError: Likewise; ENOSPC.
         ValueError: The environment variable can't be read.
     """
     text = os.environ.get(VARIABLE)
     if not text:
         return
-    action, count = parse(text).get(name, ("", 0))
-    if not action:
+    wanted = parse(text).get(name)
+    if wanted is None:
         return
     with _lock:
         _passed[name] = passed = _passed.get(name, 0) + 1
-    if passed != count:
+    if not wanted.first <= passed <= wanted.last:
         return
-    if action == "raise":
-        raise FailpointError(f"The failpoint {name} was passed for the {passed}. time.")
-    os.kill(os.getpid(), signal.SIGKILL if action == "kill" else signal.SIGSTOP)
+    said = f"The failpoint {name} was passed for the {passed}. time."
+    match wanted.action:
+        case "raise":
+            raise FailpointError(said)
+        case "oom":
+            import torch
+
+            raise torch.OutOfMemoryError(said)
+        case "full":
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), name)
+        case action:
+            os.kill(os.getpid(), signal.SIGKILL if action == "kill" else signal.SIGSTOP)

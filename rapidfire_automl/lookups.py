@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from rapidfire_automl.names import LONGEST
 from rapidfire_automl.settings import SettingsError
 
 FACTS = "search.json"
@@ -57,6 +58,11 @@ def run_dir_of(given: str | None, name: str, facts: Mapping[str, Any]) -> Path:
             said = "; ".join(f"`{key}` was {before.get(key)!r:.80}, is {facts.get(key)!r:.80}" for key in differ[:3])
             raise SettingsError(f"`output.dir`: the search in {given} can't go on: {said}. Name another folder.")
         return folder
+    if not name.strip(". ") or not name.isprintable() or len(name) > LONGEST:
+        raise SettingsError(
+            f"The search file's name, {name[:20]!r}, can't be its run folder's. "
+            "Rename it, or give `output.dir` (`--out`)."
+        )
     taken, folder, last = 1, Path("runs") / name, None
     while folder.exists():
         taken, last = taken + 1, folder

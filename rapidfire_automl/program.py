@@ -154,6 +154,7 @@ def execute(program: Program, listeners: Sequence[Listener] = (), *, joins: bool
         },
         own=True,
         shared=settings.search.shared,
+        more=False,
     )
 
 

@@ -43,6 +43,13 @@ class GroupResult:
     records: Mapping[int, TrialRecord] = field(default_factory=dict)
     logs: dict[tuple[int, int], dict[str, Any]] = field(default_factory=dict)
 
+    def recall_logs(self) -> None:
+        """Put in what trainers have logged in earlier processes."""
+        for number, record in self.records.items():
+            for entry in record.log_history:
+                logged = {name: value for name, value in entry.items() if name != "step"}
+                self.logs.setdefault((number, int(entry.get("step", 0))), logged)
+
     def runs(self) -> Iterator[dict[str, Any]]:
         """One row a trial."""
         best = None if self.result is None else self.result.best_trial

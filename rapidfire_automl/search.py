@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from optuna.study import StudyDirection
 
+from rapidfire_automl.disk import is_full
 from rapidfire_automl.event_log import FILE, WORKERS, EventLog
 from rapidfire_automl.events import Event, Listener
 from rapidfire_automl.jsonable import dumps, jsonable
@@ -53,7 +54,13 @@ class Executor(Protocol):
         """What became of each trial so far."""
 
     def optimize(
-        self, study: optuna.Study, objective: Callable[..., Any], n_trials: int, timeout_s: float | None = None
+        self,
+        study: optuna.Study,
+        objective: Callable[..., Any],
+        n_trials: int,
+        timeout_s: float | None = None,
+        *,
+        more: bool = True,
     ) -> None:
         """Search, in one thread's order."""
 
@@ -146,6 +153,7 @@ def run_search(
     facts: Mapping[str, object] | None = None,
     own: bool = False,
     shared: bool = False,
+    more: bool = True,
 ) -> SearchResult:
     """Search, and write `events.jsonl`, `summary.json`, `plan.json`, `curves.png` and `timeline.png`.
 
@@ -166,6 +174,8 @@ def run_search(
             else both are the caller's.
         shared: Whether other workers search the same study (`RapidFireExecutor.work`). Each then has its events in
             `workers/<its name>/events.jsonl` of the run folder, and who comes to the end last has the whole summary.
+
+        more: As of `RapidFireExecutor.optimize`: whether a search in `run_dir` that is over is followed by another.
 
     While it runs it can be steered: from this process by the executor's verbs, from others by `Search(run_dir)` and
     the command line.
@@ -199,7 +209,8 @@ def run_search(
         with executor if own else nullcontext():
             status = "crashed"
             try:
-                status = _optimize(executor, study, objective, None if shared else n_trials, timeout_s, before)
+                asked = None if shared else n_trials
+                status = _optimize(executor, study, objective, asked, timeout_s, before, more=more)
             except (SystemExit, StorageAway):  # SIGTERM, or the study can't be reached
                 status = "interrupted"
                 raise
@@ -207,7 +218,12 @@ def run_search(
                 log(Event("search_ended", log.elapsed_s, data={"status": status}))
                 records = {n: r for n, r in sorted(executor.records.items()) if n not in before}
                 result = _result(executor, records, log, run_dir, status, maximize, facts or {})
-                _write(result, executor, records, log.chunk_ends_s)
+                try:
+                    _write(result, executor, records, log.chunk_ends_s)
+                except OSError as error:
+                    if not is_full(error):
+                        raise
+                    _log.error("The disk is full: %s has no summary. Make room and run it again.", run_dir)
                 if tracker is not None:
                     tracker.finish(result.summary)
     if status == "interrupted":
@@ -224,6 +240,8 @@ def _optimize(
     n_trials: int | None,
     timeout_s: float | None,
     before: set[int],
+    *,
+    more: bool,
 ) -> str:
     """Drive the executor, with others where `n_trials` is None.
 
@@ -239,7 +257,7 @@ def _optimize(
         if n_trials is None:
             executor.work(study, objective, timeout_s=timeout_s)  # type: ignore[attr-defined]
         else:
-            executor.optimize(study, objective, n_trials=n_trials, timeout_s=timeout_s)
+            executor.optimize(study, objective, n_trials=n_trials, timeout_s=timeout_s, more=more)
     except KeyboardInterrupt:
         return "interrupted"
     except RuntimeError:
@@ -304,6 +322,7 @@ def _result(
         "chunks": executor.chunks,
         "seed": getattr(executor, "seed", None),
         "trials": [_trial(r, generating) for r in records.values()],
+        "checkpoints": getattr(executor, "spent", None),
         **({"rankings": rank(records, maximize=maximize)} if generating else {}),
         "explain": _explain(executor),
         "versions": installed(),
@@ -415,8 +434,12 @@ def add_to_summary(result: SearchResult, entries: Mapping[str, object]) -> None:
 def _replace(path: Path, text: str) -> None:
     """Write a file whole or not at all."""
     partial = path.with_name(path.name + ".partial")
-    partial.write_text(text + "\n", encoding="utf-8")
-    partial.replace(path)
+    try:
+        partial.write_text(text + "\n", encoding="utf-8")
+        partial.replace(path)
+    except OSError:
+        partial.unlink(missing_ok=True)
+        raise
 
 
 def _reasons(records: Mapping[int, TrialRecord], most: int = 3) -> str:

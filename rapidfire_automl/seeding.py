@@ -19,16 +19,16 @@ def seed_of(sampler: optuna.samplers.BaseSampler) -> int:
     return int(np.random.default_rng().integers(2**31))
 
 
-def reseed(sampler: optuna.samplers.BaseSampler, seed: int, number: int) -> None:
+def reseed(sampler: optuna.samplers.BaseSampler, seed: int, *key: int) -> None:
     """Have a sampler's next draws be those for one trial.
 
     Args:
         sampler: Its generators, and those of the samplers it holds, are seeded; what has none is left alone.
         seed: Of the search.
-        number: Of the trial that is about to be asked for.
+        key: The trial's number, and what else tells these draws from others.
     """
     for place, generator in enumerate(_generators(sampler)):
-        state = np.random.SeedSequence([seed, number, place]).generate_state(4)
+        state = np.random.SeedSequence([seed, *key, place]).generate_state(4)
         generator.rng.seed(state)
 
 

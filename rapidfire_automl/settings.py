@@ -243,7 +243,7 @@ def _line(problem: Any) -> str:
         return f"`{where}` is missing."
     if kind == "value_error":
         message = str(problem["ctx"]["error"])
-        if message.startswith(("`data", "`space", "`reward`", "`evaluation`")):
+        if message.startswith(("`data", "`space", "`reward`", "`evaluation`", f"`{where}`")):
             return message
         return f"`{where}`: {message}" if message.startswith("`") else f"`{where}` {message}"
     if kind == "literal_error":

@@ -6,7 +6,9 @@ import math
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+
+from rapidfire_automl.names import check_folder, check_name
 
 
 class Table(BaseModel):
@@ -176,6 +178,14 @@ def _named_or(default: str) -> BeforeValidator:
     return BeforeValidator(as_table)
 
 
+def _as_study(name: str | None) -> str | None:
+    return None if name is None else check_name(name, "search.study")
+
+
+def _as_dir(path: str | None) -> str | None:
+    return None if path is None else check_folder(path, "output.dir")
+
+
 class Search(Table):
     """`[search]`: how many trials, how they are judged, and by whom the next one is proposed.
 
@@ -193,7 +203,7 @@ class Search(Table):
     sampler: Annotated[Plugin, _named_or("tpe")] = Plugin(name="tpe")
     policy: Annotated[Plugin, _named_or("auto")] = Plugin(name="auto")
     storage: str | None = None
-    study: str | None = None
+    study: Annotated[str | None, AfterValidator(_as_study)] = None
     shared: bool = False
     heartbeat_s: int = Field(default=30, ge=1)
     grace_s: int = Field(default=120, ge=2)
@@ -210,7 +220,7 @@ class Search(Table):
 class Output(Table):
     """`[output]`: where the search is written, and an MLflow experiment's name to log to besides."""
 
-    dir: str | None = None
+    dir: Annotated[str | None, AfterValidator(_as_dir)] = None
     mlflow: str | None = None
 
 

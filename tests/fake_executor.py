@@ -67,7 +67,13 @@ class FakeExecutor:
         return f"{self.slots} trials per pass under a budget of 4096 tokens (fake)"
 
     def optimize(
-        self, study: optuna.Study, objective: Callable[..., Any], n_trials: int, timeout_s: float | None = None
+        self,
+        study: optuna.Study,
+        objective: Callable[..., Any],
+        n_trials: int,
+        timeout_s: float | None = None,
+        *,
+        more: bool = True,
     ) -> None:
         self._now = 1.5
         self._tell("plan", budget_tokens=4096, trials_per_pass=self.slots, reason="fake")

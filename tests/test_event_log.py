@@ -9,12 +9,14 @@ import os
 import subprocess
 import sys
 import textwrap
+from dataclasses import replace
 from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from rapidfire_automl import disk
 from rapidfire_automl import event_log as module
 from rapidfire_automl.event_log import FILE, EventLog, read_events
 from rapidfire_automl.events import Event
@@ -97,12 +99,25 @@ def test_a_torn_line_longer_than_a_block_and_logs_without_numbers(
 
 def test_verdicts_are_on_the_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     synced: list[int] = []
-    monkeypatch.setattr(module, "_sync", lambda file: synced.append(os.fstat(file).st_size))
+    monkeypatch.setattr(disk, "_sync", lambda file: synced.append(os.fstat(file).st_size))
     with EventLog(tmp_path / FILE) as log:
         log(step(1))
         assert synced == []
         log(Event("verdict", 1.0, 3, 1, {"verdict": "stop"}))
         assert synced == [(tmp_path / FILE).stat().st_size]
+
+
+def test_a_verdict_told_again_is_written_once(tmp_path: Path) -> None:
+    """A search that goes on tells its last verdicts again; those that the kill has cut off are written then."""
+    heard: list[Event] = []
+    first, second = (Event("verdict", 1.0, n, 1, {"verdict": "stop", "reason": "behind"}) for n in (3, 4))
+    with EventLog(tmp_path / FILE) as log:
+        log(first)
+    with EventLog(tmp_path / FILE, [heard.append]) as log:
+        for event in (first, second):
+            log(replace(event, data={**event.data, "again": True}))
+    assert [(entry["trial"], entry["seq"]) for entry in entries(tmp_path / FILE)] == [(3, 1), (4, 2)]
+    assert [event.trial for event in heard] == [4]
 
 
 def test_lines_wait_while_the_disk_is_full(tmp_path: Path) -> None:

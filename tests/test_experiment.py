@@ -55,7 +55,9 @@ class Engine:
     def objective(self, build: Any) -> Any:
         return build
 
-    def optimize(self, study: optuna.Study, objective: Any, n_trials: int, timeout_s: float | None = None) -> None:
+    def optimize(
+        self, study: optuna.Study, objective: Any, n_trials: int, timeout_s: float | None = None, *, more: bool = True
+    ) -> None:
         for _ in range(n_trials):
             trial = study.ask()
             record = self.records[trial.number] = TrialRecord(trial.number, {})
@@ -210,10 +212,10 @@ def test_real_trl_and_peft_configs_are_taken():
             lambda: RFGridSearch(config(training_args=RFSFTConfig(learning_rate=Range(0.1, 1.0))), "SFT").searches(),
             r"`training_args.learning_rate` is a Range, and RFGridSearch needs values",
         ),
-        (lambda: Experiment("../../x"), "`experiment_name` must be a plain folder name"),
-        (lambda: Experiment(".."), "plain folder name"),
-        (lambda: Experiment("a/b"), "plain folder name"),
-        (lambda: Experiment(""), "plain folder name"),
+        (lambda: Experiment("../../x"), "`experiment_name` must be a plain name"),
+        (lambda: Experiment(".."), "plain name"),
+        (lambda: Experiment("a/b"), "plain name"),
+        (lambda: Experiment(""), "plain name"),
         (lambda: Experiment("a", mode="evals"), '`mode` must be "fit"'),
         (lambda: Experiment("a", slots=0), "`slots` must be a whole number >= 1, got 0"),
         (lambda: AutoML("base", "sfft", {}), "Did you mean 'sft'"),

@@ -8,8 +8,10 @@ import subprocess
 import sys
 
 import pytest
+import torch
 
 from rapidfire_automl import failpoints
+from rapidfire_automl.disk import is_full
 from rapidfire_automl.failpoints import VARIABLE, FailpointError, hit
 
 
@@ -35,11 +37,23 @@ def test_it_raises_the_nth_time_only(monkeypatch: pytest.MonkeyPatch) -> None:
         hit("c.d")
 
 
-@pytest.mark.parametrize("text", ["a", "a=b", "a=kill@0", "a=kill@x", "=kill", "a=kill@-1"])
+@pytest.mark.parametrize("text", ["a", "a=b", "a=kill@0", "a=kill@x", "=kill", "a=kill@-1", "a=oom@2-"])
 def test_bad_ones_are_refused(text: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(VARIABLE, text)
     with pytest.raises(ValueError, match="must be like"):
         hit("a")
+
+
+def test_memory_and_the_disk_run_short_for_a_while(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(VARIABLE, "a=oom@2-3,b=full")
+    hit("a")
+    for _ in range(2):
+        with pytest.raises(torch.OutOfMemoryError, match="passed for the"):
+            hit("a")
+    hit("a")
+    with pytest.raises(OSError, match="No space left") as caught:
+        hit("b")
+    assert is_full(caught.value)
 
 
 def passing(action: str) -> subprocess.Popen[str]:

@@ -12,8 +12,8 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from rapidfire_automl.cli.view import LIVE, Row, SearchView, against, clock, number
-from rapidfire_automl.drawing import amount, short_param
+from rapidfire_automl.cli.view import LIVE, Row, SearchView, against, clock, number, writing
+from rapidfire_automl.drawing import amount, megabytes, short_param
 from rapidfire_automl.events import ENDED_WITH_SEARCH, Event, Listener
 
 _VERDICT_STYLE = {"continue": "green", "pause": "yellow", "stop": "red", "complete": "bold green"}
@@ -62,20 +62,14 @@ class PlainLines:
 
     def _lines(self, event: Event) -> Iterable[str]:
         data, trial = event.data, event.trial
-        if event.kind == "base_evaluated":
-            yield f"untrained base: {number(data['value'])}"
-        elif event.kind == "plan":
-            yield f"plan: {data.get('reason', '')}"
-        elif event.kind == "out_of_memory":
-            yield f"out of memory: passes now have at most {data['budget_tokens']} tokens"
-        elif event.kind in _OF_WORKERS:
+        if event.kind in _OF_WORKERS:
             yield from self._of_workers(event)
         elif event.kind == "warning":
             yield f"warning: {data['message']}" if trial is None else f"warning: trial {trial}: {data['message']}"
         elif event.kind == "command":
             yield f"{self._view.commands[-1]} [{data['source']}]"
         elif trial is None:
-            return
+            yield from _about_search(event)
         elif event.kind == "trial_started":
             yield f"trial {trial} starts: {_params(self._view.rows[trial])}"
         elif event.kind == "chunk_done":
@@ -118,6 +112,21 @@ class PlainLines:
     def _progress(self) -> str:
         left = self._view.left_s
         return f"  [{self._view.chunks_done} chunks{f', about {clock(left)} left' if left is not None else ''}]"
+
+
+def _about_search(event: Event) -> Iterable[str]:
+    """What an event says that is about no trial."""
+    data = event.data
+    if event.kind == "base_evaluated":
+        yield f"untrained base: {number(data['value'])}"
+    elif event.kind == "plan":
+        yield f"plan: {data.get('reason', '')}"
+    elif event.kind == "out_of_memory":
+        yield f"out of memory: passes now have at most {data['budget_tokens']} tokens"
+    elif event.kind == "search_resumed":
+        yield f"the search goes on: {data['ended']} trials have ended, {data['going_on']} go on"
+    elif event.kind.startswith("writing_"):
+        yield writing(event)
 
 
 class _Screen:
@@ -165,6 +174,8 @@ def header(view: SearchView) -> RenderableType:
     done = sum(row.progress for row in view.rows.values())
     left = view.left_s
     time = clock(view.elapsed_s) + (f", about {clock(left)} left" if left is not None else "")
+    if view.disk_bytes:
+        time += f" · {megabytes(view.disk_bytes)} of checkpoints" + (", disk full" if view.disk_is_full else "")
     states = [f"{len(view.rows)}/{view.n_trials} trials"]
     for states_of, name in ((("pruned",), "stopped"), (("paused",), "paused"), (("failed",), "failed")):
         if count := view.count(*states_of):  # type: ignore[arg-type]

@@ -11,7 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from rapidfire_automl.cli.view import against, clock, number
-from rapidfire_automl.drawing import amount, short_param
+from rapidfire_automl.drawing import amount, megabytes, short_param
 from rapidfire_automl.events import ENDED_WITH_SEARCH
 from rapidfire_automl.search import SearchResult
 
@@ -71,6 +71,8 @@ def show_result(result: SearchResult, console: Console, *, rankings: bool = True
             "red",
         )
     line("Time", clock(result.wall_s) + _first_verdict(result))
+    if (spent := result.summary.get("checkpoints")) and spent["checkpoints"]:
+        line("Disk", checkpoints(spent, result.wall_s))
     if rankings and "rankings" in result.summary:
         line("Ranked", _equal(result.summary["rankings"]))
         console.print(_rankings(result))
@@ -136,6 +138,15 @@ def cost(result: SearchResult) -> str:
     return (
         f"{result.chunks_used} chunks, {share:.0%} of the {result.chunks_if_all_ran} it takes to train every trial "
         "to its end"
+    )
+
+
+def checkpoints(spent: Mapping[str, Any], wall_s: float) -> str:
+    """What checkpoints have cost in bytes and seconds."""
+    share = f" ({spent['packing_s'] / wall_s:.1%} of the time)" if wall_s else ""
+    return (
+        f"{megabytes(spent['disk_bytes'])} of checkpoints left, {megabytes(spent['written_bytes'])} written in "
+        f"{spent['checkpoints']}; training waited {spent['packing_s']:.1f} s for them{share}"
     )
 
 

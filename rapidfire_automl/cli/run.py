@@ -60,7 +60,9 @@ def run(
 
     With --storage and --study `rapidfire-automl worker` can join from other processes, GPUs and machines.
 
-    Exit codes: 0 done, 1 all trials failed, 2 bad input, 130 interrupted.
+    Ctrl-C or SIGTERM ends it in good order, a second Ctrl-C at once; the same command goes on with it.
+
+    Exit codes: 0 done, 1 all trials failed, 2 bad input, 130 interrupted, 143 terminated.
     """
     terminal = Terminal(as_json=as_json, quiet=quiet, debug=debug)
     with terminal.session():
@@ -113,6 +115,7 @@ def search(
     if check_only:
         terminal.say("The search can be run.")
         return None
+    terminal.goes_on = bool(program.facts)
     view = SearchView(program.n_trials, wanted.chunks, maximize=settings.direction == "maximize")
     with on_screen(view, terminal.console, quiet=terminal.quiet) as listener:
         return programs.execute(program, [listener], joins=joins)

@@ -13,6 +13,7 @@ from collections.abc import Iterator
 import typer
 from rich.console import Console
 
+from rapidfire_automl.cli.interrupts import GOES_ON, INTERRUPTED, TERMINATED, graceful
 from rapidfire_automl.cli.report import show_result
 from rapidfire_automl.control import ControlError
 from rapidfire_automl.jsonable import dumps
@@ -20,7 +21,7 @@ from rapidfire_automl.patience import StorageAway
 from rapidfire_automl.search import SearchFailed, SearchInterrupted, SearchResult
 from rapidfire_automl.settings import SettingsError
 
-BAD_INPUT, FAILED, INTERRUPTED = 2, 1, 130
+BAD_INPUT, FAILED = 2, 1
 
 _NOISY = (
     "accelerate",
@@ -74,10 +75,13 @@ class Terminal:
         as_json: Whether stdout is for JSON alone; everything else then goes to stderr.
         quiet: Whether to say nothing while the search runs.
         debug: Whether errors come with their traceback and libraries may talk.
+
+    Once a search runs with which the same command would go on, its command sets `goes_on`.
     """
 
     def __init__(self, *, as_json: bool = False, quiet: bool = False, debug: bool = False) -> None:
         self.as_json, self.quiet, self.debug = as_json, quiet, debug
+        self.goes_on = False
         self._stdout = sys.stdout
         self.console = Console(file=sys.stderr if as_json else sys.stdout, highlight=False)
 
@@ -87,11 +91,13 @@ class Terminal:
 
         Raises:
             typer.Exit: 2 for bad input, 1 when all trials failed or something broke, 130 for Ctrl-C.
+            SystemExit: SIGTERM has come; 143.
         """
         if not self.debug:
             quieten()
         try:
-            with contextlib.redirect_stdout(sys.stderr) if self.as_json else contextlib.nullcontext():
+            quiet = contextlib.redirect_stdout(sys.stderr) if self.as_json else contextlib.nullcontext()
+            with graceful(lambda: self.goes_on), quiet:
                 yield
         except (ControlError, SettingsError) as error:
             raise self._end(str(error), BAD_INPUT) from error
@@ -100,11 +106,15 @@ class Terminal:
             raise self._end(str(error), FAILED) from error
         except SearchInterrupted as error:
             self.result(error.result)
-            raise self._end("Interrupted; finished trials are kept.", INTERRUPTED) from error
+            raise self._end(f"Interrupted; finished trials are kept.{self._and_then}", INTERRUPTED) from error
         except KeyboardInterrupt as error:
             raise self._end("Interrupted.", INTERRUPTED) from error
         except StorageAway as error:
             raise self._end(str(error), FAILED) from error
+        except SystemExit as error:
+            if error.code == TERMINATED:
+                typer.echo(f"Terminated; finished trials are kept.{self._and_then}", err=True)
+            raise
         except ImportError as error:
             raise self._end(str(error), BAD_INPUT) from error
         except typer.Exit:
@@ -128,6 +138,10 @@ class Terminal:
     def say(self, text: str, style: str = "") -> None:
         """Print a line for people."""
         self.console.print(text, style=style or None, markup=False, soft_wrap=True)
+
+    @property
+    def _and_then(self) -> str:
+        return f" {GOES_ON}" if self.goes_on else ""
 
     def _end(self, message: str, code: int) -> typer.Exit:
         if self.debug:

@@ -60,6 +60,8 @@ class SearchView:
         self.plan = ""
         self.warnings: list[str] = []
         self.commands: list[str] = []
+        self.disk_bytes = 0
+        self.disk_is_full = False
         self.lock = threading.RLock()
         self._start_s = time.monotonic()
         self._training_since_s: float | None = None
@@ -89,6 +91,13 @@ class SearchView:
             self.warnings.append(f"The study's storage is back after {event.data['seconds']:.0f} s.")
         elif event.kind == "trial_orphaned":
             self.warnings.append(f"Trial {event.data['of']} is left behind by {event.data['worker'] or 'its worker'}.")
+        elif event.kind == "checkpoint":
+            self.disk_bytes = event.data.get("disk_bytes", 0)
+        elif event.kind in ("writing_paused", "writing_resumed"):
+            self.disk_is_full = event.kind == "writing_paused"
+            self.warnings.append(writing(event))
+        elif event.kind in ("writing_failed", "writing_lost"):
+            self.warnings.append(writing(event))
         elif event.kind == "out_of_memory":
             self.warnings.append(f"Out of memory; passes now have at most {event.data['budget_tokens']} tokens.")
 
@@ -200,6 +209,17 @@ class SearchView:
             return None
         pace = (time.monotonic() - self._training_since_s) / done
         return pace * max(self.expected_chunks - done, 0.0)
+
+
+def writing(event: Event) -> str:
+    """What the writer of checkpoints has to say."""
+    said = {
+        "writing_paused": "Checkpoints wait, training goes on",
+        "writing_resumed": "Checkpoints are written again",
+        "writing_failed": f"{event.data['folder']} could not be written",
+        "writing_lost": f"{event.data['folder']} was not written",
+    }
+    return f"{said[event.kind]}: {event.data['reason']}."
 
 
 def clock(seconds: float) -> str:

@@ -155,12 +155,43 @@ def write(folder: Path, snapshot: Snapshot | Packed) -> int:
     packed = snapshot if isinstance(snapshot, Packed) else pack(snapshot)
     hit("checkpoint.writing")
     contents = {
-        ADAPTER: save(dict(packed.adapter), metadata={"format": "pt"}),
+        **_adapter_files(packed),
         TENSORS: save(dict(packed.tensors)),
         STATE: json.dumps(packed.form, allow_nan=False).encode(),
-        CONFIG: json.dumps(packed.config, allow_nan=False, indent=2, sort_keys=True).encode(),
     }
     contents[MANIFEST] = _manifest(contents, packed.meta)
+    _put(folder, contents)
+    hit("checkpoint.renamed")
+    return sum(map(len, contents.values()))
+
+
+def write_adapter(folder: Path, packed: Packed) -> int:
+    """Write an adapter alone, in PEFT's layout, whole or not at all.
+
+    Args:
+        folder: Where to; replaced if it is there.
+        packed: Its tensors and config.
+
+    Returns:
+        Bytes written.
+
+    Raises:
+        OSError: It could not be written; nothing of it is left.
+    """
+    contents = _adapter_files(packed)
+    _put(folder, contents)
+    return sum(map(len, contents.values()))
+
+
+def _adapter_files(packed: Packed) -> dict[str, bytes]:
+    return {
+        ADAPTER: save(dict(packed.adapter), metadata={"format": "pt"}),
+        CONFIG: json.dumps(packed.config, allow_nan=False, indent=2, sort_keys=True).encode(),
+    }
+
+
+def _put(folder: Path, contents: Mapping[str, bytes]) -> None:
+    """Files into a folder that appears with all of them."""
     parent = folder.parent
     parent.mkdir(parents=True, exist_ok=True)
     temporary = parent / f".{folder.name}.tmp-{secrets.token_hex(6)}"
@@ -180,8 +211,6 @@ def write(folder: Path, snapshot: Snapshot | Packed) -> int:
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
-    hit("checkpoint.renamed")
-    return sum(map(len, contents.values()))
 
 
 def read(folder: Path) -> Snapshot:

@@ -16,6 +16,7 @@ from typing import Any, Protocol, TypeVar
 
 import torch
 
+from rapidfire_automl.executor import overflow
 from rapidfire_automl.executor.arm import Arm, Leave
 from rapidfire_automl.executor.commands import Commands
 from rapidfire_automl.executor.context import TrialContext
@@ -346,7 +347,7 @@ class Conductor:
             return []
         assert self.multiplexer is not None
         return self.rolling.serve(
-            self.multiplexer, waiting, self.plan, self._fewer_rows, lambda: self._cancelled, self._commands.listen
+            self.multiplexer, waiting, self.plan, self._rollout_failed, lambda: self._cancelled, self._commands.listen
         )
 
     def _wait_for(self, done: threading.Event) -> bool:
@@ -357,24 +358,36 @@ class Conductor:
                 return False
         return True
 
-    def _fewer_rows(self, rows: int) -> Plan:
-        self._out_of_memory()
-        self.plan = replace(self.plan, rollout_rows=max(1, rows // 2))
-        return self.plan
+    def _rollout_failed(self, arms: Sequence[Arm], error: Exception) -> int:
+        """How many trials a failed rollout is tried with again; one that is alone has its answer."""
+        size = self._failed(len(arms), error)
+        if len(arms) == 1:
+            arms[0].answer = self._alone(arms[0], error)
+        elif is_out_of_memory(error):
+            self.plan = replace(self.plan, rollout_rows=max(1, sum(arm.request.rows for arm in arms) // 2))
+        return size
 
-    def _forward(self, arms: Sequence[Arm]) -> None:
+    def _forward(self, arms: Sequence[Arm], *, last: bool = False) -> None:
+        """Run a pass, in smaller ones if it fails; a trial alone that does not fit gets a second try, the last."""
         assert self.multiplexer is not None
         begin = time.perf_counter()
         try:
             parts, opened = self.multiplexer.forward([(arm, arm.request) for arm in arms])
         except Exception as error:
-            size = self._smaller(len(arms), error)
-            if len(arms) == 1:
-                arms[0].answer = error
-                return
-            for start in range(0, len(arms), size):
-                self._forward(arms[start : start + size])
+            size = self._failed(len(arms), error)
+            last = len(arms) == 1 and (last or not is_out_of_memory(error))
+            if last:
+                arms[0].answer = self._alone(arms[0], error)
+        else:
+            self._answer(arms, parts, opened)
+            self._charge(parts, time.perf_counter() - begin)
             return
+        overflow.free_memory()
+        if not last:
+            for start in range(0, len(arms), size):
+                self._forward(arms[start : start + size], last=len(arms) == 1)
+
+    def _answer(self, arms: Sequence[Arm], parts: Sequence[Part], opened: OpenPass | None) -> None:
         for arm, part in zip(arms, parts, strict=True):
             arm.answer = part.leaves if part.request.head is not None else part.leaves["hidden"]
             if opened is not None:
@@ -383,7 +396,6 @@ class Conductor:
                 arm.chunk_tokens += int(
                     part.tokens if part.request.attention_mask is None else part.request.attention_mask.sum()
                 )
-        self._charge(parts, time.perf_counter() - begin)
 
     def _backward(self, waiting: Sequence[Arm]) -> list[Arm]:
         """Run the passes whose live members all wait; an arm goes on when all of its passes have run."""
@@ -415,10 +427,11 @@ class Conductor:
             return {}
         except Exception as error:
             opened.hidden = torch.empty(0)
-            size = self._smaller(len(live), error)
-        return self._again(live, size)
+            size = self._failed(len(live), error)
+        overflow.free_memory()
+        return self._again(live, size, last=len(live) == 1)
 
-    def _again(self, parts: Sequence[Part], size: int) -> dict[Part, BaseException]:
+    def _again(self, parts: Sequence[Part], size: int, *, last: bool = False) -> dict[Part, BaseException]:
         """Forward and backward once more in passes of `size` parts; the error of each part that failed alone."""
         assert self.multiplexer is not None
         failed: dict[Part, BaseException] = {}
@@ -426,24 +439,29 @@ class Conductor:
             group = parts[start : start + size]
             try:
                 self.multiplexer.again(group)
+                continue
             except Exception as error:
-                smaller = self._smaller(len(group), error)
-                failed.update(self._again(group, smaller) if len(group) > 1 else {group[0]: error})
+                smaller, alone = self._failed(len(group), error), len(group) == 1
+                if alone and (last or not is_out_of_memory(error)):
+                    failed[group[0]] = self._alone(group[0].member, error)
+            overflow.free_memory()
+            if group[0] not in failed:
+                failed.update(self._again(group, smaller, last=alone))
         return failed
 
-    def _smaller(self, trials: int, error: Exception) -> int:
-        """How many trials a failed pass is tried with again: half of them if it did not fit, else each alone."""
-        if not is_out_of_memory(error):
-            return 1
-        self._out_of_memory()
-        return max(1, trials // 2)
+    def _failed(self, trials: int, error: Exception) -> int:
+        """How many trials a failed pass is tried with again; a plan that has put too many together is changed."""
+        if trials > 1 and is_out_of_memory(error):
+            self.plan = self.plan.halved()
+            logger.warning("Out of memory in a joint pass; the budget is now %d tokens.", self.plan.budget_tokens)
+            self._tell("out_of_memory", None, budget_tokens=self.plan.budget_tokens)
+        return overflow.next_size(trials, error)
 
-    def _out_of_memory(self) -> None:
-        self.plan = self.plan.halved()
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
-        logger.warning("Out of memory in a joint pass; the budget is now %d tokens.", self.plan.budget_tokens)
-        self._tell("out_of_memory", None, budget_tokens=self.plan.budget_tokens)
+    def _alone(self, arm: Any, error: Exception) -> Exception:
+        """What a trial hears whose pass has failed with nobody else in it."""
+        if is_out_of_memory(error):
+            self._tell("out_of_memory", arm, budget_tokens=self.plan.budget_tokens)
+        return overflow.told_alone(error, arm.request)
 
     def _charge(self, parts: Sequence[Part], seconds: float) -> None:
         """Split a pass's time over its trials by tokens."""

@@ -8,31 +8,32 @@ trial is done twice.
 
 from __future__ import annotations
 
-import hashlib
-import json
+import logging
 import shutil
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import optuna
-import torch
 from optuna.trial import TrialState as OptunaState
-from torch import nn
 
 from rapidfire_automl import attempts, failpoints
 from rapidfire_automl.executor.arm import Arm
-from rapidfire_automl.executor.checkpoints import Snapshot, chunk_folder, newest
+from rapidfire_automl.executor.checkpoints import Snapshot, chunk_folder, disk_bytes, newest
 from rapidfire_automl.executor.evaluation import Measured
+from rapidfire_automl.executor.fingerprints import fingerprint_of_data
 from rapidfire_automl.executor.journal import Journal, Past, SearchDiffers, differences
 from rapidfire_automl.executor.ledger import Ledger
-from rapidfire_automl.executor.rounds import VECTORS_ATTR
+from rapidfire_automl.executor.rounds import VECTORS_ATTR, Said
 from rapidfire_automl.executor.writing import Trouble, Writer, Written
 from rapidfire_automl.records import TrialRecord
-from rapidfire_automl.seeding import seed_of
+from rapidfire_automl.seeding import reseed, seed_of
 from rapidfire_policies.base import Decision, TrialState
+
+logger = logging.getLogger("rapidfire_automl")
 
 _KEEP = 2
 """Checkpoints of a trial that are kept: the newest, and the one to fall back to if it is damaged."""
@@ -94,6 +95,25 @@ class Unfinished:
         return arm
 
 
+@dataclass(slots=True)
+class Spent:
+    """What checkpoints have cost.
+
+    Args:
+        checkpoints: Written.
+        written_bytes: Of all of them.
+        disk_bytes: Of those that are kept.
+        packing_s: That training has waited while states were copied.
+        writing_s: That the writer has taken, beside training.
+    """
+
+    checkpoints: int = 0
+    written_bytes: int = 0
+    disk_bytes: int = 0
+    packing_s: float = 0.0
+    writing_s: float = 0.0
+
+
 class Durability:
     """A search's folder.
 
@@ -112,18 +132,22 @@ class Durability:
         self._writer = Writer(keep=_KEEP, on_written=self._written, on_trouble=self._trouble)
         self._on = False
         self.sampler_seed = 0
-        self._written_bytes = 0
-        self._written_s = 0.0
+        self._spent = Spent()
+        self._sizes: dict[Path, int] = {}
+        self._fingerprints: dict[int, dict[str, Any]] = {}
         self._over_there: dict[Path, Path] = {}
+        self._late: dict[Path, TrialRecord] = {}
+        self._journal_waits = False
 
     # -- beginning and ending ------------------------------------------------------------------------------------------
 
-    def begin(self, study: optuna.Study, facts: Mapping[str, Any]) -> Past | None:
+    def begin(self, study: optuna.Study, facts: Mapping[str, Any], *, more: bool = True) -> Past | None:
         """Begin a search, or find what is left of it.
 
         Args:
             study: Its study.
             facts: What is searched, to compare.
+            more: Whether one that has come to its end is followed by a new one, not gone on with.
 
         Returns:
             What an earlier process has left, or None if there is nothing to go on with.
@@ -136,7 +160,7 @@ class Durability:
         mine = {**facts, "study": study.study_name}
         known = attempts.last_attempts(study)
         same = past.facts.get("study") == study.study_name and all(number in known for number in past.asked)
-        unfinished = same and not past.over
+        unfinished = same and not (past.over and more)
         if unfinished and (differ := differences(past.facts, mine)):
             raise SearchDiffers(
                 f"The search in {self._folder} can't go on: {'; '.join(differ)}. Set it back, or take another folder."
@@ -147,7 +171,7 @@ class Durability:
         if not unfinished:
             self.past = Past()
         self.sampler_seed = past.sampler_seed if unfinished else seed_of(study.sampler)
-        self._journal.write("search", facts=mine, sampler_seed=self.sampler_seed)
+        self._write("search", facts=mine, sampler_seed=self.sampler_seed)
         return past if unfinished else None
 
     def join(self, facts: Mapping[str, Any]) -> None:
@@ -176,27 +200,51 @@ class Durability:
             shutil.rmtree(leftover, ignore_errors=True)
 
     def over(self) -> None:
-        """The search has come to its end."""
-        if self._on:
-            self._journal.write("over")
-            self._on = False
+        """The search has come to its end: what waits for room on the disk is tried once more."""
+        if not self._on:
+            return
+        if self._late:
+            self._writer.settle()  # what ended trials leave behind is removed on the way, and makes room
+            waiting = self._writer.settle()
+            for folder in [folder for folder in self._late if folder in waiting]:
+                record = self._late.pop(folder)
+                record.adapter = None
+                message = f"the adapter of trial {record.number} could not be written: the disk is full"
+                logger.error(
+                    "%s; what is left of it is in %s.", message[0].upper() + message[1:], self._of(record.number)
+                )
+                self._tell("warning", None, message=message)
+        self._write("over")
+        self._on = False
 
     def flush(self) -> None:
         """Wait until what is to be written is, so that others can go on from there."""
         self._writer.flush(timeout=60.0)
 
-    def close(self) -> None:
-        """Write what is left to write and let others in."""
-        self._writer.close()
+    def close(self, timeout_s: float | None = None) -> None:
+        """Write what is left to write, for so long at most, and let others in."""
+        self._writer.close(timeout_s)
         self._journal.close()
 
     # -- as it goes ----------------------------------------------------------------------------------------------------
 
+    def asking(self) -> None:
+        """Optuna is about to be asked for a trial; should the process be killed now, there may be one nobody knows."""
+        if self._on:
+            self._write("asking")
+
     def asked(self, number: int) -> None:
         """A trial is begun for the first time."""
         if self._on:
+            failpoints.hit("trial.asking")
             self._forget_trial(self._of(number))
-            self._journal.write("asked", trial=number)
+            self._write("asked", trial=number)
+            failpoints.hit("trial.asked")
+
+    def built(self, number: int) -> None:
+        """A trial has all of its parameters; until then they are proposed anew where its process is killed."""
+        if self._on:
+            self._write("built", trial=number)
 
     def note(self, kind: str, **data: Any) -> frozenset[int]:
         """Put something into the journal; it takes effect after this.
@@ -204,10 +252,10 @@ class Durability:
         Returns:
             The numbers of the trials that others have taken over: what was decided of them is void.
         """
-        return self._journal.write(kind, **data) if self._on else frozenset()
+        return self._write(kind, **data) if self._on else frozenset()
 
-    def judged(self, verdicts: list[tuple[int, int, str, str]]) -> frozenset[int]:
-        """A round is over; the verdicts take effect after this.
+    def judged(self, verdicts: list[tuple[int, int, str, str]], said: Sequence[Said] = ()) -> frozenset[int]:
+        """A round is over; the verdicts take effect, and are told, after this.
 
         Returns:
             As `note`.
@@ -215,7 +263,7 @@ class Durability:
         if not self._on:
             return frozenset()
         failpoints.hit("round.judging")
-        lost = self.note("round", verdicts=verdicts)
+        lost = self._write("round", verdicts=verdicts, said=said)
         failpoints.hit("round.judged")
         return lost
 
@@ -224,35 +272,58 @@ class Durability:
         """Where the search's files go."""
         return self._folder
 
+    def _write(self, kind: str, **data: Any) -> frozenset[int]:
+        """Write to the journal; that the disk is full is said once.
+
+        Returns:
+            The numbers of the trials that others have taken over.
+        """
+        kept = self._journal.write(kind, **data)
+        if kept.waits and not self._journal_waits:
+            logger.warning("The journal in %s can't be written (%s); it waits in memory.", self._folder, kept.waits)
+            self._tell("writing_paused", None, folder=str(self._folder), reason=f"the journal waits ({kept.waits})")
+        self._journal_waits = bool(kept.waits)
+        return kept.lost
+
     @property
     def is_on(self) -> bool:
         """Whether a search is under way that is to survive."""
         return self._on
 
-    def save(self, arm: Arm, trainer: Any, snapshot: Snapshot) -> None:
+    def save(self, arm: Arm, trainer: Any, take: Callable[[], Snapshot]) -> None:
         """Hand a trial's state to the writer.
 
         Args:
             arm: At a boundary, its chunk recorded.
             trainer: Its trainer.
-            snapshot: The trainer's state.
+            take: Gives the trainer's state.
         """
-        if self._on:
-            tree = {
-                **snapshot.tree,
-                "record": to_tree(arm.record),
-                "data": fingerprint_of_data(trainer),
-                "trained": arm.trained,
-            }
-            folder = chunk_folder(self._checkpoints(arm.number, arm.attempt), arm.trained)
-            self._writer.submit(folder, replace(snapshot, tree=tree))
+        if not self._on:
+            return
+        begin = time.perf_counter()
+        snapshot = take()
+        tree = {
+            **snapshot.tree,
+            "record": to_tree(arm.record),
+            "data": self._data(arm.number, trainer),
+            "trained": arm.trained,
+        }
+        folder = chunk_folder(self._checkpoints(arm.number, arm.attempt), arm.trained)
+        self._writer.submit(folder, replace(snapshot, tree=tree))
+        self._spent.packing_s += time.perf_counter() - begin
+
+    def _data(self, number: int, trainer: Any) -> dict[str, Any]:
+        """The fingerprint of a trial's data sets, taken once."""
+        if number not in self._fingerprints:
+            self._fingerprints[number] = fingerprint_of_data(trainer)
+        return self._fingerprints[number]
 
     def ended(self, arm: Arm, kind: str, vector: Sequence[float], reason: str) -> None:
         """A trial is through, whatever came of it: keep its story, drop its checkpoints."""
         if not self._on:
             return
         number = arm.number
-        lost = self._journal.write(
+        lost = self._write(
             "ended", trial=number, outcome=kind, vector=list(vector), reason=reason, adapter=arm.record.adapter
         )
         if lost:
@@ -260,8 +331,15 @@ class Durability:
             return
         failpoints.hit("trial.ended")
         folder = chunk_folder(self._of(number) / _ENDED, len(arm.record.values))
-        self._over_there[folder] = self._of(number)
+        self._over_there[folder] = self._checkpoints(number, arm.attempt)
         self._writer.submit(folder, Snapshot({"record": to_tree(arm.record)}, {}, {}))
+
+    def adapter(self, arm: Arm, folder: Path, snapshot: Snapshot) -> bool:
+        """Keep a finished adapter for which the disk has no room yet; says whether that is done."""
+        if self._on:
+            self._writer.submit_adapter(folder, snapshot)
+            self._late[folder] = arm.record
+        return self._on
 
     def base(self, measured: Measured) -> None:
         """Keep what the untrained base is worth."""
@@ -271,23 +349,42 @@ class Durability:
             self._writer.submit(folder, Snapshot(tree, {}, {}))
 
     def _written(self, written: Written) -> None:
-        self._written_bytes += written.bytes
-        self._written_s += written.seconds
+        spent, parent = self._spent, written.folder.parent
+        spent.checkpoints += 1
+        spent.written_bytes += written.bytes
+        spent.writing_s += written.seconds
+        self._sizes[written.folder] = written.bytes
+        for name in written.removed:
+            self._sizes.pop(parent / name, None)
         if written.folder in self._over_there:  # the trial's story is safe, its weights nobody needs
-            for weights in self._over_there.pop(written.folder).glob(f"{_CHECKPOINTS}*"):
-                shutil.rmtree(weights, ignore_errors=True)
-        elif len(list(written.folder.parent.glob("chunk-*"))) >= _KEEP:
-            for number in range(1, _attempt_of(written.folder.parent)):
-                shutil.rmtree(written.folder.parent.parent / _named(number), ignore_errors=True)
-        self._tell("checkpoint", None, folder=str(written.folder), bytes=written.bytes, seconds=written.seconds)
+            last = self._over_there.pop(written.folder)
+            self._writer.drop(last)
+            for weights in {last, *last.parent.glob(f"{_CHECKPOINTS}*")}:
+                self._remove(weights)
+        elif len(list(parent.glob("chunk-*"))) >= _KEEP:
+            for number in range(1, _attempt_of(parent)):
+                self._remove(parent.parent / _named(number))
+        spent.disk_bytes = sum(self._sizes.values())
+        self._tell(
+            "checkpoint",
+            None,
+            folder=str(written.folder),
+            bytes=written.bytes,
+            seconds=written.seconds,
+            disk_bytes=spent.disk_bytes,
+        )
+
+    def _remove(self, checkpoints: Path) -> None:
+        shutil.rmtree(checkpoints, ignore_errors=True)
+        self._sizes = {folder: size for folder, size in self._sizes.items() if folder.parent != checkpoints}
 
     def _trouble(self, trouble: Trouble) -> None:
         self._tell(f"writing_{trouble.kind}", None, folder=str(trouble.folder), reason=trouble.reason)
 
     @property
-    def cost(self) -> tuple[int, float]:
-        """Bytes written and seconds they took, in the background."""
-        return self._written_bytes, self._written_s
+    def spent(self) -> Spent:
+        """What checkpoints have cost so far."""
+        return replace(self._spent)
 
     def _of(self, number: int) -> Path:
         return self._folder / "trials" / str(number)
@@ -317,16 +414,21 @@ class Durability:
         """
         over: list[TrialRecord] = []
         going: list[Unfinished] = []
+        if past.asking:
+            self._find_unknown(study, past)
+        kept = self._folder.glob("trials/*/*/chunk-*")
+        self._sizes = {folder: disk_bytes(folder) for folder in kept}
         last = attempts.last_attempts(study)
         for number in sorted(past.asked):
             trial = last[number]
+            reseed(study.sampler, self.sampler_seed, past.asked.index(number))
             if number in past.ended:
                 over.append(self._over(study, trial, past))
                 continue
             if trial.state is OptunaState.RUNNING:
-                waiting = attempts.retry(study, trial)
+                waiting = attempts.retry(study, trial, inherit=number in past.built)
             elif trial.state is OptunaState.FAIL:
-                waiting = attempts.again(study, trial)
+                waiting = attempts.again(study, trial, inherit=number in past.built)
             elif trial.state is OptunaState.WAITING:
                 waiting = trial
             else:  # told, but its end not journaled: there is nothing left to do
@@ -356,6 +458,16 @@ class Durability:
             return self._over(trial.study, trial.storage.get_trial(trial._trial_id), past)
         return self._unfinished(trial, number, past)
 
+    def _find_unknown(self, study: optuna.Study, past: Past) -> None:
+        """A trial that Optuna has handed out, and whose process was killed before that was in the journal."""
+        for trial in study.get_trials(deepcopy=False, states=(OptunaState.RUNNING,)):
+            unknown = attempts.number_of(trial) not in past.asked
+            if unknown and not trial.params and not trial.intermediate_values:
+                number = attempts.label(study, trial)
+                past.asked.append(number)
+                self.asked(number)
+                return
+
     def _over(self, study: optuna.Study, trial: optuna.trial.FrozenTrial, past: Past) -> TrialRecord:
         """The record of a trial that has ended; Optuna is told if it has not been."""
         number = attempts.number_of(trial)
@@ -364,17 +476,30 @@ class Durability:
         record = TrialRecord(number) if found is None else from_tree(found.tree["record"])
         record.params = record.params or dict(trial.params)
         record.verdicts = list(past.verdicts.get(number, []))
+        _fill(record, trial, past.judged.get(number, 0))
         kind = ended.get("outcome")
         if kind is not None:
             states = {"complete": TrialState.COMPLETE, "pruned": TrialState.STOPPED}
             record.state = states.get(kind, TrialState.FAILED)
-            record.adapter = ended.get("adapter")
+            record.adapter = self._adapter(number, attempts.attempt_of(trial), ended.get("adapter"))
             record.error = record.error or (ended.get("reason") if kind == "failed" else None)
             if not trial.state.is_finished():
                 vector = [float(value) for value in ended["vector"]]
                 state = {"complete": OptunaState.COMPLETE, "pruned": OptunaState.PRUNED}.get(kind, OptunaState.FAIL)
                 study.tell(trial.number, vector if state is OptunaState.COMPLETE else None, state=state)
         return record
+
+    def _adapter(self, number: int, attempt: int, folder: str | None) -> str | None:
+        """A finished adapter; the last checkpoint has it, too, if its process was killed while it waited for room."""
+        if folder is None or Path(folder).is_dir():
+            return folder
+        found = self._last(number, attempt)
+        if found is None or int(found.tree["trained"]) < len(found.tree["record"]["boundaries"]):
+            logger.warning("Trial %d: its adapter was lost with the process; the disk was full.", number)
+            return None
+        self._writer.submit_adapter(Path(folder), found)
+        self._writer.flush(60.0)
+        return folder
 
     def _unfinished(self, trial: optuna.Trial, number: int, past: Past) -> Unfinished:
         found = self._last(number, attempts.attempt_of(trial))
@@ -384,7 +509,7 @@ class Durability:
         record.state = TrialState.PAUSED if past.is_paused(number) else TrialState.RUNNING
         record.error = None
         judged = past.judged.get(number, 0)
-        _fill(record, trial, judged)
+        _fill(record, trial.study.get_trials(deepcopy=False)[trial.number], judged)
         return Unfinished(
             trial,
             record,
@@ -419,64 +544,15 @@ def _attempt_of(folder: Path) -> int:
     return int(last) if last.isdecimal() else 1
 
 
-def _fill(record: TrialRecord, trial: optuna.Trial, chunks: int) -> None:
+def _fill(record: TrialRecord, trial: optuna.trial.FrozenTrial, chunks: int) -> None:
     """Values of chunks that were reported and judged, but whose checkpoint is lost: policies go by them."""
-    reported = trial.study.get_trials(deepcopy=False)[trial.number].intermediate_values
+    reported = trial.intermediate_values
     vectors = trial.user_attrs.get(VECTORS_ATTR, [])
     for chunk in range(len(record.values) + 1, chunks + 1):
         if chunk in reported:
             record.add_chunk((reported[chunk],), np.empty(0), {}, 0.0, 0)
         elif chunk <= len(vectors):
             record.add_chunk(tuple(vectors[chunk - 1]), np.empty(0), {}, 0.0, 0)
-
-
-def fingerprint_of_base(model: nn.Module) -> str:
-    """Of a base's shapes, and of a few numbers of each of its tensors."""
-    digest = hashlib.sha256()
-    for name, tensor in model.state_dict().items():
-        few = tensor.detach().flatten()[:16].to("cpu", torch.float32).numpy().tobytes()
-        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode() + few)
-    return digest.hexdigest()[:16]
-
-
-def fingerprint_of_data(trainer: Any) -> dict[str, Any]:
-    """Of a trainer's data sets: rows, columns, and the first, middle and last row."""
-    return {name: _fingerprint(getattr(trainer, name, None)) for name in ("train_dataset", "eval_dataset")}
-
-
-def _fingerprint(rows: Any) -> Any:
-    if isinstance(rows, Mapping):
-        return {str(name): _fingerprint(part) for name, part in rows.items()}
-    if rows is None or not hasattr(rows, "__len__") or not len(rows):
-        return None
-    picked = [rows[i] for i in sorted({0, len(rows) // 2, len(rows) - 1})]
-    text = json.dumps(picked, sort_keys=True, default=str)
-    return f"{len(rows)} rows, {hashlib.sha256(text.encode()).hexdigest()[:16]}"
-
-
-def check_same_trial(arm: Arm, trainer: Any, space: Mapping[str, Any]) -> None:
-    """Raise SearchDiffers if a trial that goes on was begun as another one.
-
-    Args:
-        arm: With its parameters as suggested now.
-        trainer: Built now.
-        space: The distributions of the study's other trials, by parameter.
-    """
-    where = f"Trial {arm.number} can't go on"
-    for name, distribution in arm.trial.distributions.items():
-        if name in space and space[name] != distribution:
-            raise SearchDiffers(f"{where}: the search space of `{name}` was {space[name]}, is {distribution}.")
-    restored = arm.restored
-    if restored is None or restored.snapshot is None:
-        return
-    tree = restored.snapshot.tree
-    before, now = tree["record"]["params"], dict(arm.trial.params)
-    if set(before) != set(now):
-        names = ", ".join(f"`{name}`" for name in sorted(set(before) ^ set(now)))
-        raise SearchDiffers(f"{where}: the search space has changed by {names}.")
-    data = fingerprint_of_data(trainer)
-    if differ := differences(tree["data"], data):
-        raise SearchDiffers(f"{where}: {'; '.join(differ)}.")
 
 
 def to_tree(record: TrialRecord) -> dict[str, Any]:
@@ -495,12 +571,3 @@ def from_tree(tree: Mapping[str, Any]) -> TrialRecord:
         given[name] = [tuple(item) for item in given.get(name, ())]
     given["scores"] = [np.asarray(scores) for scores in given.get("scores", ())]
     return TrialRecord(**given)
-
-
-def distributions(trials: Iterable[optuna.trial.FrozenTrial]) -> dict[str, Any]:
-    """The first distribution of each parameter."""
-    found: dict[str, Any] = {}
-    for trial in trials:
-        for name, distribution in trial.distributions.items():
-            found.setdefault(name, distribution)
-    return found

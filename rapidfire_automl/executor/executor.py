@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from types import TracebackType
+from types import FrameType, TracebackType
 from typing import Any, Literal
 
 import numpy as np
@@ -37,9 +37,10 @@ from rapidfire_automl.executor.commands import Commands
 from rapidfire_automl.executor.conductor import Conductor
 from rapidfire_automl.executor.context import TrialContext
 from rapidfire_automl.executor.crew import Crew
-from rapidfire_automl.executor.durability import Durability, check_same_trial, distributions, fingerprint_of_base
+from rapidfire_automl.executor.durability import Durability, Spent
 from rapidfire_automl.executor.evaluation import Evaluator, Measured, Metric
 from rapidfire_automl.executor.explanation import explain
+from rapidfire_automl.executor.fingerprints import check_same_trial, distributions, fingerprint_of_base
 from rapidfire_automl.executor.journal import Journal, SearchDiffers
 from rapidfire_automl.executor.keeping import Keeping
 from rapidfire_automl.executor.ledger import Ledger
@@ -50,6 +51,7 @@ from rapidfire_automl.executor.runner import Builder, Outcome, Runner
 from rapidfire_automl.executor.sources import Arrivals, Asking, Claims
 from rapidfire_automl.mailboxes import Mailbox
 from rapidfire_automl.memory import give_back
+from rapidfire_automl.names import check_folder
 from rapidfire_automl.patience import PATIENCE_S, PatientStorage, patient
 from rapidfire_automl.plan import Plan
 from rapidfire_automl.records import TrialRecord
@@ -153,7 +155,7 @@ class RapidFireExecutor(Controls):
         self._tokenizer = load_tokenizer(model, tokenizer) if tokenizer is not None else None
         self._plan = plan if isinstance(plan, Plan) or plan is None else Plan.load(Path(plan))
         self._evaluator = Evaluator(metric, eval_batch_size, eval_sampling or Sampling())
-        self._output_dir = None if output_dir is None else Path(output_dir)
+        self._output_dir = None if output_dir is None else Path(check_folder(output_dir, "output_dir"))
         self._durable = output_dir is not None if durable is None else durable
         self._durability: Durability | None = None
         self._keeping = Keeping(None)
@@ -173,7 +175,8 @@ class RapidFireExecutor(Controls):
         self._arrivals: Arrivals | None = None
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
-        self._stopping = False
+        self._stopping = self._hurry = False
+        self._handlers: dict[int, Any] = {}
         self._study_name = ""
         self._exit = ExitStack()
         self._opening = threading.Lock()
@@ -204,6 +207,11 @@ class RapidFireExecutor(Controls):
     def plan(self) -> Plan | None:
         """The plan in force, None before the base is loaded."""
         return self._conductor.plan if self._conductor is not None else self._plan
+
+    @property
+    def spent(self) -> Spent | None:
+        """What checkpoints have cost so far in time and on the disk; None where there are none."""
+        return None if self._durability is None else self._durability.spent
 
     def add_listener(self, listener: Listener) -> None:
         """Have a function called with every event, in the search's own threads: it should be quick."""
@@ -263,7 +271,15 @@ class RapidFireExecutor(Controls):
         objective.__name__ = getattr(build, "__name__", "objective")
         return objective
 
-    def optimize(self, study: optuna.Study, objective: Builder, n_trials: int, timeout_s: float | None = None) -> None:
+    def optimize(
+        self,
+        study: optuna.Study,
+        objective: Builder,
+        n_trials: int,
+        timeout_s: float | None = None,
+        *,
+        more: bool = True,
+    ) -> None:
         """Search with our own ask-and-tell loop, in one thread's order: the same search each time it is run.
 
         With an `output_dir` and a study that is stored, a search that was killed goes on when it is called again.
@@ -273,6 +289,8 @@ class RapidFireExecutor(Controls):
             objective: A function that builds a trainer, decorated or not.
             n_trials: Trials to ask for, those included that a killed search has begun.
             timeout_s: No trial is asked for after so many seconds; those that run go on.
+            more: Whether a search in `output_dir` that has come to its end is followed by `n_trials` more. Else what it
+                has found is in `records` again, and trials are asked for only as far as they were fewer.
 
         Raises:
             ValueError: `n_trials` is below 1, `objective` is no function, or `metric` does not give as many values as
@@ -281,15 +299,25 @@ class RapidFireExecutor(Controls):
             KeyboardInterrupt: Ctrl-C; finished trials are in the study.
         """
         check_search(objective, n_trials)
-        run = self._ready(study, objective)
+        build = getattr(objective, "__wrapped__", objective)
+
+        def seeded(trial: optuna.Trial) -> Any:
+            number = number_of(trial)
+            loop.seed(number, 1)  # whatever others were proposed since it was asked for
+            trainer = build(trial)
+            if self._durability is not None:
+                self._durability.built(number)
+            return trainer
+
+        run = self._ready(study, seeded)
         stored = not isinstance(study._storage, InMemoryStorage)  # a killed process takes the others with it
         if self._durable and stored and self._durability is None:
             folder = self._folder(0).parent.parent
             self._durability = Durability(folder, self._tell, Journal(folder))
         self._keeping = Keeping(self._durability if stored else None)
         loop = Loop(study, self._arm, run, self._durability if stored else None)
-        begun, left = self._take_up(study, n_trials, loop)
-        source = Asking(study, left, loop.start, timeout_s, lambda asked: loop.seed(begun + asked))
+        begun, left = self._take_up(study, n_trials, loop, more=more)
+        source = Asking(study, left, loop.start, timeout_s, lambda asked: loop.ask(begun + asked))
         for queued in enqueueing.left_over(study) if begun else ():
             source.ask_for(queued)
         self._search(source, loop.retire)
@@ -388,10 +416,10 @@ class RapidFireExecutor(Controls):
         """Free the base, the adapters and the threads."""
         if self._arrivals is not None:
             self._arrivals.close()
-        if self._thread is not None:
+        if self._thread is not None and not self._hurry:
             self._finished.wait()
         if self._durability is not None:
-            self._durability.close()
+            self._durability.close(1.0 if self._hurry else None)
             self._durability = None
         self._exit.close()
         self._commands.detach()
@@ -403,7 +431,7 @@ class RapidFireExecutor(Controls):
         self._open(serving=None)
         if threading.current_thread() is threading.main_thread():
             for number in (signal.SIGINT, signal.SIGTERM):
-                before = signal.getsignal(number)
+                before = self._handlers[number] = signal.getsignal(number)
                 signal.signal(number, self._on_signal)
                 self._exit.callback(signal.signal, number, before)
         return self
@@ -456,6 +484,7 @@ class RapidFireExecutor(Controls):
                     self._commands.warm_start,
                     lambda: self._durability is not None and self._durability.is_on,
                     self._save,
+                    self._save_later,
                     self._check_same,
                     lambda: self._stopping,
                 )
@@ -498,13 +527,18 @@ class RapidFireExecutor(Controls):
         self._thread = threading.Thread(target=body, name="conductor", daemon=True)
         self._thread.start()
 
-    def _on_signal(self, number: int, frame: object) -> None:
+    def _on_signal(self, number: int, frame: FrameType | None) -> None:
+        """End the search, and do what would have been done without it; the second time, without waiting for trials."""
         if self._conductor is not None:
+            self._hurry = self._conductor.cancelled
             self._conductor.cancel()
         if self._storage is not None:
             self._storage.give_up()
         if number == signal.SIGTERM:
             raise SystemExit(128 + number)
+        before = self._handlers.get(number)
+        if callable(before):
+            before(number, frame)
         raise KeyboardInterrupt
 
     def _raise_error(self) -> None:
@@ -526,14 +560,13 @@ class RapidFireExecutor(Controls):
                 self._records.clear()
                 self._referee.begin(study)
 
-    def _ready(self, study: optuna.Study, objective: Builder) -> Callable[[Arm], Outcome]:
+    def _ready(self, study: optuna.Study, build: Builder) -> Callable[[Arm], Outcome]:
         """Make ready for a search of our own; how a trial is run."""
         self._storage = patient(study, patience_s=self._storage_patience_s)
         if self._storage is not None:
             self._storage.listen(self._on_storage)
         self._begin(study)
-        build = getattr(objective, "__wrapped__", objective)
-        self._stopping, self._error = False, None
+        self._stopping, self._hurry, self._error = False, False, None
         if self._conductor is not None:
             self._conductor.renew()
         self._open(serving=False)
@@ -594,7 +627,7 @@ class RapidFireExecutor(Controls):
             self._tell("warning", None, message=f"The search was ended: {reason}.")
             self._end()
 
-    def _take_up(self, study: optuna.Study, n_trials: int, loop: Loop) -> tuple[int, int]:
+    def _take_up(self, study: optuna.Study, n_trials: int, loop: Loop, *, more: bool) -> tuple[int, int]:
         """Begin a search, or go on with one that was killed.
 
         Returns:
@@ -604,7 +637,7 @@ class RapidFireExecutor(Controls):
         if durability is None:
             return 0, n_trials
         assert self._conductor is not None
-        past = durability.begin(study, self._facts(study))
+        past = durability.begin(study, self._facts(study), more=more)
         if past is None:
             return 0, n_trials
         self._recall_base()
@@ -614,19 +647,24 @@ class RapidFireExecutor(Controls):
         self._conductor.adopt([loop.launch(one.arm_of(self._arm)) for one in going])
         logger.info("The search goes on: %d trials have ended, %d go on.", len(over), len(going))
         self._tell("search_resumed", None, ended=len(over), going_on=len(going))
+        for number, chunk, said in past.said:  # the process may have been killed before it could tell
+            self._hear(Event("verdict", self._clock(), number, chunk, {**said, "again": True}))
         added = enqueueing.numbers_of_people(study)
         return len(past.asked), max(0, n_trials - sum(number not in added for number in past.asked))
 
-    def _keep_verdicts(self, verdicts: list[tuple[int, int, str, str]]) -> None:
+    def _keep_verdicts(self, verdicts: list[tuple[int, int, str, str]], said: Sequence[rounds.Said] = ()) -> None:
         if self._durability is None:
             return
-        lost = self._durability.judged(verdicts)
+        lost = self._durability.judged(verdicts, said)
         for arm in self._conductor.arms if self._conductor is not None and lost else ():
             arm.lost = arm.lost or arm.number in lost
 
-    def _save(self, arm: Arm, trainer: Any, snapshot: Snapshot) -> None:
+    def _save(self, arm: Arm, trainer: Any, take: Callable[[], Snapshot]) -> None:
         if self._durability is not None:
-            self._durability.save(arm, trainer, snapshot)
+            self._durability.save(arm, trainer, take)
+
+    def _save_later(self, arm: Arm, folder: Path, snapshot: Snapshot) -> bool:
+        return self._durability is not None and self._durability.adapter(arm, folder, snapshot)
 
     def _check_same(self, arm: Arm, trainer: Any) -> None:
         """End the search if a trial that goes on was begun as another one."""
@@ -668,13 +706,10 @@ class RapidFireExecutor(Controls):
         return load_base(self._model_like, self._dtype, self._device)
 
     def _tell(self, kind: str, arm: Arm | None, **data: Any) -> None:
-        event = Event(
-            kind,
-            self._clock(),
-            trial=None if arm is None else arm.number,
-            chunk=None if arm is None else len(arm.record.values),
-            data=data,
-        )
+        number, chunk = (None, None) if arm is None else (arm.number, len(arm.record.values))
+        self._hear(Event(kind, self._clock(), number, chunk, data))
+
+    def _hear(self, event: Event) -> None:
         for listener in self._listeners:
             try:
                 listener(event)

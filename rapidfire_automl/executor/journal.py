@@ -1,28 +1,22 @@
 """The journal of a search: what was decided, on disk before anything follows from it.
 
-`journal.jsonl` in the search's folder, one entry a line: what is searched, every round's verdicts, every
-verdict of a person, every trial's end.
-Curves and weights stand in the trials' checkpoints. A line that a kill has cut short is dropped: what it would have
-said is decided again, and decided alike.
+`journal.jsonl` in the search's folder, one entry a line: what is searched, every round's verdicts, every verdict of a
+person, every trial's end. Curves and weights stand in the trials' checkpoints. A line that a kill has cut short is
+dropped: what it would have said is decided again, and decided alike.
 """
 
 from __future__ import annotations
 
 import json
-import os
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, Any
+from typing import Any, NamedTuple
 
+from rapidfire_automl.disk import Appender, claim, is_full
 from rapidfire_automl.jsonable import dumps
 from rapidfire_policies.base import Decision, Verdict
-
-try:
-    import fcntl
-except ImportError:  # Windows: nobody keeps a second process out
-    fcntl = None  # type: ignore[assignment]
 
 NAME = "journal.jsonl"
 
@@ -53,6 +47,9 @@ class Past:
         extended: Per trial, at which step it was extended, and where its chunks end since.
         policy: Name and arguments of the policy that a person has put in the place of the study's; the name is None
             where nobody judges.
+        asking: Whether Optuna was being asked for a trial.
+        built: Trials that had all of their parameters.
+        said: Of the last round, `(trial, chunk, data)` of the events that tell of its verdicts.
     """
 
     facts: dict[str, Any] = field(default_factory=dict)
@@ -67,6 +64,9 @@ class Past:
     commands: dict[str, str] = field(default_factory=dict)
     extended: dict[int, list[tuple[int, list[int]]]] = field(default_factory=dict)
     policy: tuple[str | None, dict[str, Any]] | None = None
+    asking: bool = False
+    built: set[int] = field(default_factory=set)
+    said: list[tuple[int, int, dict[str, Any]]] = field(default_factory=list)
 
     def is_paused(self, number: int) -> bool:
         """Whether a trial was paused and has not trained since."""
@@ -93,6 +93,18 @@ class Past:
         return None if verdict == Verdict.STOP else Decision(Verdict(verdict), reason)
 
 
+class Kept(NamedTuple):
+    """What has come of an entry.
+
+    Args:
+        lost: Numbers of the trials that other workers have taken over; nothing was written of them.
+        waits: Why it is not on the disk yet; empty if it is.
+    """
+
+    lost: frozenset[int] = frozenset()
+    waits: str = ""
+
+
 class Journal:
     """Appends to a folder's journal, and keeps other processes out of the folder meanwhile.
 
@@ -105,41 +117,37 @@ class Journal:
 
     def __init__(self, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
-        self._lock = (folder / "lock").open("a", encoding="utf-8")
-        if fcntl is not None:
-            try:
-                fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError as error:
-                self._lock.close()
-                raise FolderInUse(
-                    f"Another process searches in {folder}. Wait for it, or take another folder."
-                ) from error
+        lock = claim(folder / "lock")
+        if lock is None:
+            raise FolderInUse(f"Another process searches in {folder}. Wait for it, or take another folder.")
+        self._lock = lock
         self.past = read(folder / NAME)
-        self._file: IO[str] = (folder / NAME).open("a", encoding="utf-8")
-        if self._file.tell() and not _ends_a_line(folder / NAME):
-            self._file.write("\n")
+        self._lines = Appender(folder / NAME)
+        self._begin = b"" if _ends_a_line(folder / NAME) else b"\n"
         self._writing = threading.Lock()
 
-    def write(self, kind: str, **data: Any) -> frozenset[int]:
-        """Append an entry; it is on disk when this returns.
+    def write(self, kind: str, **data: Any) -> Kept:
+        """Append an entry; it is on disk when this returns, unless the disk is full.
 
-        Returns:
-            Nothing: no trial of it is another worker's.
+        Then it waits in memory and goes before the next one: should the process be killed before that, it is decided
+        again what it says.
 
         Raises:
-            OSError: It could not be written.
+            OSError: It could not be written, and not because the disk is full.
         """
         with self._writing:
-            if not self._file.closed:
-                self._file.write(dumps({"kind": kind, **data}) + "\n")
-                self._file.flush()
-                os.fsync(self._file.fileno())
-        return frozenset()
+            if self._lines.closed:
+                return Kept()
+            line, self._begin = self._begin + dumps({"kind": kind, **data}).encode() + b"\n", b""
+            error = self._lines.append(line, sync=True)
+        if error is not None and not is_full(error):
+            raise error
+        return Kept(waits="" if error is None else str(error.strerror))
 
     def close(self) -> None:
         """Let others in."""
         with self._writing:
-            self._file.close()
+            self._lines.close()
             self._lock.close()
 
 
@@ -150,15 +158,15 @@ def read(path: Path) -> Past:
         kind = entry.get("kind")
         if kind == "search":
             past.facts, past.over, past.sampler_seed = dict(entry["facts"]), False, entry["sampler_seed"]
+        elif kind == "asking":
+            past.asking = True
         elif kind == "asked":
             past.asked.append(entry["trial"])
+            past.asking = False
+        elif kind == "built":
+            past.built.add(entry["trial"])
         elif kind in ("round", "ruled"):
-            past.rounds += kind == "round"
-            for number, chunk, verdict, reason in entry["verdicts"]:
-                past.judged[number] = max(chunk, past.judged.get(number, 0))
-                if verdict:
-                    past.verdicts.setdefault(number, []).append((chunk, verdict, reason))
-                    (past.by_hand.add if kind == "ruled" else past.by_hand.discard)(number)
+            _judge(past, entry)
         elif kind == "ended":
             past.ended[entry["trial"]] = dict(entry)
         elif kind == "extended":
@@ -170,6 +178,18 @@ def read(path: Path) -> Past:
         if "command" in entry:
             past.commands[entry["command"]] = entry["text"]
     return past
+
+
+def _judge(past: Past, entry: Mapping[str, Any]) -> None:
+    by_hand = entry["kind"] == "ruled"
+    if not by_hand:
+        past.rounds += 1
+        past.said = [(number, chunk, dict(data)) for number, chunk, data in entry.get("said", ())]
+    for number, chunk, verdict, reason in entry["verdicts"]:
+        past.judged[number] = max(chunk, past.judged.get(number, 0))
+        if verdict:
+            past.verdicts.setdefault(number, []).append((chunk, verdict, reason))
+            (past.by_hand.add if by_hand else past.by_hand.discard)(number)
 
 
 def _entries(path: Path) -> Iterator[Mapping[str, Any]]:
@@ -187,9 +207,8 @@ def _entries(path: Path) -> Iterator[Mapping[str, Any]]:
 
 
 def _ends_a_line(path: Path) -> bool:
-    with path.open("rb") as file:
-        file.seek(-1, os.SEEK_END)
-        return file.read(1) == b"\n"
+    content = path.read_bytes()
+    return not content or content.endswith(b"\n")
 
 
 def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:

@@ -12,7 +12,7 @@ from typing import Any
 
 import optuna
 
-from rapidfire_automl.executor.journal import Past, SearchDiffers, differences
+from rapidfire_automl.executor.journal import Kept, Past, SearchDiffers, differences
 from rapidfire_automl.seeding import seed_of
 from rapidfire_automl.workers import LEDGER_ATTR
 from rapidfire_policies.base import Verdict
@@ -69,11 +69,12 @@ class Ledger:
         self._pages[number] = dict(trial.user_attrs.get(LEDGER_ATTR) or {})
         return past_of(number, self._pages[number])
 
-    def write(self, kind: str, **data: Any) -> frozenset[int]:
+    def write(self, kind: str, **data: Any) -> Kept:
         """Add an entry, as to a journal.
 
-        Returns:
-            The numbers of the trials that others have taken over; nothing was written of them.
+        Args:
+            kind: Of the entry; what is not of one trial alone (asked, built, over) the study knows.
+            data: The entry.
         """
         lost = set()
         if kind in ("round", "ruled"):
@@ -92,7 +93,7 @@ class Ledger:
             more = [*self._pages[number].get("extended", ()), [data["step"], data["boundaries"]]]
             if not self._put(number, {"extended": more}):
                 lost.add(number)
-        return frozenset(lost)
+        return Kept(frozenset(lost))
 
     def _put(self, number: int, changed: Mapping[str, Any]) -> bool:
         page = {**self._pages[number], **changed}

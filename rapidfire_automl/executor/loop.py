@@ -50,10 +50,16 @@ class Loop:
         if hasattr(study, "_stop_flag"):
             study._stop_flag = False
 
-    def seed(self, asked: int) -> None:
-        """Have the next proposal depend on its place in the search alone, where the search is to survive."""
+    def ask(self, place: int) -> None:
+        """Called before Optuna is asked for the trial at a place in the search."""
         if self.durability is not None:
-            reseed(self._study.sampler, self.durability.sampler_seed, asked)
+            self.durability.asking()
+            self.seed(place)
+
+    def seed(self, *key: int) -> None:
+        """Have what the sampler draws next depend on this alone, where the search is to survive."""
+        if self.durability is not None:
+            reseed(self._study.sampler, self.durability.sampler_seed, *key)
 
     def start(self, trial: optuna.Trial) -> Arm:
         """Begin a trial that was asked for."""

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
+from rapidfire_automl import failpoints
 from rapidfire_automl.executor import attention, seams
 from rapidfire_automl.executor.adapters import AdapterBank, LoraSite
 from rapidfire_automl.executor.head import Head, entropy_jacobian, score
@@ -170,6 +171,7 @@ class Multiplexer:
                 hidden: Tensor = self._decoder(
                     **self._inputs(parts, width=max(part.width for part in parts)), use_cache=False
                 ).last_hidden_state
+                failpoints.hit("pass.forward")
         except BaseException:
             for part in parts:
                 part.segment.generator.set_state(part.state)
@@ -357,6 +359,7 @@ class Multiplexer:
         self._current = joint
         try:
             torch.autograd.backward(hidden, upstream)
+            failpoints.hit("pass.backward")
         finally:
             self._current = None
         _hand_out(joint, opened.parts)

@@ -6,11 +6,13 @@ import logging
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from rapidfire_automl.executor import overflow
 from rapidfire_automl.executor.arm import Arm
 from rapidfire_automl.executor.passes import Multiplexer
 from rapidfire_automl.executor.rollouts import Counts, Decoding, Rollout
-from rapidfire_automl.executor.seams import is_out_of_memory
 from rapidfire_automl.plan import Plan
+
+Failed = Callable[[Sequence[Arm], Exception], int]
 
 logger = logging.getLogger("rapidfire_automl")
 
@@ -30,7 +32,7 @@ class Rolling:
         multiplexer: Multiplexer,
         waiting: Sequence[Arm],
         plan: Plan,
-        fewer: Callable[[int], Plan],
+        failed: Failed,
         cancelled: Callable[[], bool],
         leaving: Callable[[Sequence[Arm]], list[Arm]] = lambda arms: [],
     ) -> list[Arm]:
@@ -40,7 +42,8 @@ class Rolling:
             multiplexer: The shared base.
             waiting: Arms that ask for a rollout, in trial order.
             plan: How many rows go together.
-            fewer: Called with the rows of a rollout that did not fit; returns the plan to go on with.
+            failed: Called with the arms of a rollout that has failed; says how many go together next, and answers one
+                that was alone.
             cancelled: Whether to leave off.
             leaving: Called between tokens with those that roll out; those it returns leave, with the answer they have.
 
@@ -49,35 +52,24 @@ class Rolling:
         """
         served: list[Arm] = []
         for group in _groups(waiting, plan):
-            served += self._run(multiplexer, group, fewer, cancelled, leaving)
+            served += self._run(multiplexer, group, failed, cancelled, leaving)
         return sorted(served, key=lambda arm: arm.number)
 
     def _run(
         self,
         multiplexer: Multiplexer,
         arms: Sequence[Arm],
-        fewer: Callable[[int], Plan],
+        failed: Failed,
         cancelled: Callable[[], bool],
         leaving: Callable[[Sequence[Arm]], list[Arm]],
     ) -> list[Arm]:
-        decoding: Decoding | None = None
         done: list[Rollout] = []
         left: list[Arm] = []
         try:
-            decoding = Decoding(multiplexer, [(arm, arm.request) for arm in arms], self.counts)
-            while decoding.rollouts:
-                if cancelled():
-                    return []
-                done += decoding.advance()
-                rolling = [rollout.member for rollout in decoding.rollouts]
-                if gone := leaving([arm for arm in rolling if isinstance(arm, Arm)]):
-                    decoding.drop(gone)
-                    left += gone
+            self._decode(multiplexer, arms, done, left, cancelled, leaving)
         except Exception as error:
-            if is_out_of_memory(error):
-                fewer(sum(arm.request.rows for arm in arms))
+            size = failed(arms, error)
             if len(arms) == 1:
-                arms[0].answer = error
                 return list(arms)
             logger.warning(
                 "A rollout of %d trials failed (%s: %s); it is tried again in smaller ones.",
@@ -85,13 +77,36 @@ class Rolling:
                 type(error).__name__,
                 error,
             )
-            # A trial that was done has its generator back; the others' have drawn nothing that counts.
-            finished = {id(rollout.member) for rollout in done} | {id(arm) for arm in left}
-            again = [arm for arm in arms if id(arm) not in finished]
-            size = max(1, len(again) // 2) if is_out_of_memory(error) else 1
-            for start in range(0, len(again), size):
-                left += self._run(multiplexer, again[start : start + size], fewer, cancelled, leaving)
-        return [self._answered(rollout) for rollout in done] + left
+        else:
+            return [] if cancelled() else [self._answered(rollout) for rollout in done] + left
+        overflow.free_memory()
+        # A trial that was done has its generator back; the others' have drawn nothing that counts.
+        finished = {id(rollout.member) for rollout in done} | {id(arm) for arm in left}
+        rest = [arm for arm in arms if id(arm) not in finished]
+        groups = [rest[start : start + size] for start in range(0, len(rest), size)]
+        again = [arm for group in groups for arm in self._run(multiplexer, group, failed, cancelled, leaving)]
+        return [self._answered(rollout) for rollout in done] + left + again
+
+    def _decode(
+        self,
+        multiplexer: Multiplexer,
+        arms: Sequence[Arm],
+        done: list[Rollout],
+        left: list[Arm],
+        cancelled: Callable[[], bool],
+        leaving: Callable[[Sequence[Arm]], list[Arm]],
+    ) -> None:
+        """Decode until all are done or the search is cancelled.
+
+        Whatever is raised, `done` has those who are, and `left` those who have left.
+        """
+        decoding = Decoding(multiplexer, [(arm, arm.request) for arm in arms], self.counts)
+        while decoding.rollouts and not cancelled():
+            done += decoding.advance()
+            rolling = [rollout.member for rollout in decoding.rollouts]
+            if gone := leaving([arm for arm in rolling if isinstance(arm, Arm)]):
+                decoding.drop(gone)
+                left += gone
 
     def _answered(self, rollout: Rollout) -> Arm:
         arm = rollout.member

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Literal
@@ -33,6 +34,7 @@ logger = logging.getLogger("rapidfire_automl")
 
 Cost = Literal["tokens", "seconds"]
 TAKEN_OVER = "another worker has taken it over"
+Said = tuple[int, int, Mapping[str, Any]]
 VECTORS_ATTR = "rapidfire:vectors"
 """The trial attribute that holds its vectors, one a chunk, where there are several objectives."""
 
@@ -46,8 +48,9 @@ class Referee:
         slots: Trials that train at a time.
         tell: Emits an event (kind, arm, data).
         cost: What a policy sees as the cost of a chunk.
-        keep: Puts a round's verdicts, `(trial, chunk, verdict, reason)` each, on disk before they take effect; marks
-            arms as lost where others have taken their trial over.
+        keep: Puts a round's verdicts, `(trial, chunk, verdict, reason)` each, on disk before they take effect, and
+            `(trial, chunk, data)` of the events that tell of them; marks arms as lost where others have taken their
+            trial over.
         peers: Brings the records of other workers' trials up to date.
         share: Lets other workers see a chunk that was recorded.
     """
@@ -59,7 +62,7 @@ class Referee:
         slots: int,
         tell: Callable[..., None],
         cost: Cost,
-        keep: Callable[[list[tuple[int, int, str, str]]], None] = lambda verdicts: None,
+        keep: Callable[[list[tuple[int, int, str, str]], list[Said]], None] = lambda verdicts, said: None,
         peers: Callable[[], None] = lambda: None,
         share: Callable[[TrialRecord], None] = lambda record: None,
     ) -> None:
@@ -134,32 +137,31 @@ class Referee:
         for arm in ended:
             decisions[arm.number] = Decision(Verdict.COMPLETE, "trained to the end", arm.record.standing)
         both = sorted([*waiting, *paused], key=lambda arm: arm.number)
-        verdicts = []
+        verdicts, said = [], []
         for arm in both:
             arm.judged = max(arm.judged, len(arm.record.values))
             made = decisions.get(arm.number)
             stays = made is None or (arm in paused and made.verdict is Verdict.PAUSE)
-            stays = stays or (arm.number in ruled and arm not in ended)  # it is in the journal since it was decided
-            verdict, reason = ("", "") if made is None or stays else (str(made.verdict), made.reason)
+            settled = arm.number in ruled and arm not in ended  # it is in the journal since it was decided
+            verdict, reason = ("", "") if made is None or stays or settled else (str(made.verdict), made.reason)
             verdicts.append((arm.number, arm.judged, verdict, reason))
-        self._keep(verdicts)
+            if made is not None and not stays and not (arm in paused and settled):
+                author = "" if arm in ended or arm.number in ruled else by
+                data = {
+                    "verdict": str(made.verdict),
+                    "reason": made.reason,
+                    "by": author,
+                    "numbers": dict(made.numbers),
+                }
+                said.append((arm, data))
+        self._keep(verdicts, [(arm.number, len(arm.record.values), data) for arm, data in said])
         taken_over += [arm for arm in both if arm.lost and arm not in taken_over]
         decisions.update({arm.number: Decision(Verdict.STOP, TAKEN_OVER) for arm in taken_over})
-        for arm in both:
+        for arm, data in said:
             if arm.lost:
                 continue
-            decision = decisions.get(arm.number)
-            if decision is None or (arm in paused and (decision.verdict is Verdict.PAUSE or arm.number in ruled)):
-                continue
-            arm.record.verdicts.append((len(arm.record.values), str(decision.verdict), decision.reason))
-            self._tell(
-                "verdict",
-                arm,
-                verdict=str(decision.verdict),
-                reason=decision.reason,
-                by="" if arm in ended or arm.number in ruled else by,
-                numbers=dict(decision.numbers),
-            )
+            arm.record.verdicts.append((len(arm.record.values), str(data["verdict"]), str(data["reason"])))
+            self._tell("verdict", arm, **data)
         return decisions
 
     def record(self, arm: Arm, vector: tuple[float, ...], scores: Any, metrics: Mapping[str, float]) -> None:
@@ -205,7 +207,9 @@ def report(arms: Sequence[Arm]) -> None:
             if record.vectors:
                 arm.trial.set_user_attr(VECTORS_ATTR, [list(vector) for vector in record.vectors])
             else:
-                arm.trial.report(record.values[-1], step=len(record.values))
+                value = record.values[-1]
+                # Some samplers take minus infinity for the best there is; what is not a number they put last.
+                arm.trial.report(value if math.isfinite(value) else math.nan, step=len(record.values))
         except optuna.exceptions.UpdateFinishedTrialError:
             arm.lost = True
 

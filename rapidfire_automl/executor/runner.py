@@ -40,11 +40,13 @@ class Outcome:
         kind: "cancelled" if the search was ended, "lost" if another worker has taken the trial over.
         vector: Its last values, one an objective; empty if it has none.
         reason: In words.
+        traceback: Where it has raised.
     """
 
     kind: Literal["complete", "pruned", "failed", "cancelled", "lost"]
     vector: tuple[float, ...] = ()
     reason: str = ""
+    traceback: str = ""
 
 
 @dataclass
@@ -67,6 +69,7 @@ class Runner:
         warm_start: What an arm begins with, if not from nothing.
         durable: Whether trials are to survive the process.
         save: Puts an arm's state on disk.
+        save_later: Keeps an adapter for which the disk has no room yet; says whether it does.
         check_same: Raises if an arm that goes on was begun as another trial.
         cancelled: Whether somebody has ended the search and wants to keep what there is.
     """
@@ -86,6 +89,7 @@ class Runner:
     warm_start: Callable[[Arm], WarmStart | None]
     durable: Callable[[], bool] = lambda: False
     save: Callable[[Arm, Any, Any], None] = lambda arm, trainer, snapshot: None
+    save_later: Callable[[Arm, Path, Any], bool] = lambda arm, folder, snapshot: False
     check_same: Callable[[Arm, Any], None] = lambda arm, trainer: None
     cancelled: Callable[[], bool] = lambda: False
     _local: threading.local = field(default_factory=threading.local)
@@ -128,12 +132,12 @@ class Runner:
             arm.record.error = outcome.reason
             self.abort(error)
         except BaseException as error:
-            outcome = Outcome("failed", reason=f"{type(error).__name__}: {error}")
+            outcome = Outcome("failed", reason=f"{type(error).__name__}: {error}", traceback=traceback.format_exc())
             arm.record.error = outcome.reason
             if isinstance(error, BaseChanged) and not error.repaired:
                 self._mend_base(arm)
             logger.warning("Trial %d failed. %s", arm.number, outcome.reason)
-            logger.debug("%s", traceback.format_exc())
+            logger.debug("%s", outcome.traceback)
             self._note_error(arm, outcome.reason)
         finally:
             self._local.arm = None
@@ -165,6 +169,7 @@ class Runner:
             value=outcome.vector[0] if outcome.vector else None,
             reason=outcome.reason,
             adapter=arm.record.adapter,
+            **({"traceback": outcome.traceback} if outcome.traceback else {}),
         )
 
     def _train(self, arm: Arm, build: Builder) -> Outcome:
@@ -208,7 +213,7 @@ class Runner:
         return Outcome("complete", vector, reason)
 
     def _save(self, arm: Arm, model: PeftModel) -> None:
-        training.save(arm, model, self.adapter_folder(arm))
+        training.save(arm, model, self.adapter_folder(arm), self.save_later)
         arm.trial.set_user_attr("rapidfire:adapter", arm.record.adapter)
 
     def _mend_base(self, arm: Arm) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +16,7 @@ from transformers.training_args import TrainingArguments
 
 from rapidfire_automl import failpoints
 from rapidfire_automl.chunks import chunk_boundaries, generation_boundaries
+from rapidfire_automl.disk import is_full
 from rapidfire_automl.executor import enqueueing, extending, seams, warmstart
 from rapidfire_automl.executor.arm import Arm, Halt
 from rapidfire_automl.executor.checkpoints import Snapshot
@@ -62,7 +64,7 @@ class Host:
     tell: Callable[..., None]
     record: Callable[[Arm, tuple[float, ...], Any, Mapping[str, float]], None]
     durable: Callable[[], bool]
-    save: Callable[[Arm, Trainer, Snapshot], None]
+    save: Callable[[Arm, Trainer, Callable[[], Snapshot]], None]
     measure_base: Callable[[], bool]
     keep_base: Callable[[Any], None]
     check: Callable[[Arm], None]
@@ -195,7 +197,7 @@ class ChunkCallback(TrainerCallback):
                 host.record(arm, measured.vector, measured.scores, metrics)
         self._logged = len(state.log_history)
         if self.durable is not None:
-            host.save(arm, self._trainer, self.durable.capture())
+            host.save(arm, self._trainer, self.durable.capture)
         if chunk > arm.judged:
             decision = host.submit(arm, Boundary(chunk))
         else:
@@ -278,10 +280,32 @@ def _train(arm: Arm, trainer: Trainer, durable: seams.Durable | None, host: Host
         durable.put(snapshot)
 
 
-def save(arm: Arm, model: PeftModel, folder: Path) -> None:
-    """Save the adapter in PEFT's layout."""
-    folder.mkdir(parents=True, exist_ok=True)
-    model.save_pretrained(str(folder))
+def save(arm: Arm, model: PeftModel, folder: Path, later: Callable[[Arm, Path, Snapshot], bool]) -> None:
+    """Save the adapter in PEFT's layout, whole or not at all.
+
+    Args:
+        arm: Whose.
+        model: Its model.
+        folder: Where to.
+        later: Called where the disk is full, with the adapter in memory; says whether somebody will write it.
+
+    Raises:
+        OSError: It can't be written, and nobody will.
+    """
+    partial = folder.with_name(folder.name + ".partial")
+    try:
+        failpoints.hit("adapter.saving")
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        model.save_pretrained(str(partial))
+        shutil.rmtree(folder, ignore_errors=True)
+        partial.rename(folder)
+    except Exception as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        weights = seams.AdapterWeights(model)
+        if not (is_full(error) and later(arm, folder, Snapshot({}, weights.adapter(), weights.config()))):
+            raise
+        logger.warning("Trial %d: its adapter waits in memory, the disk is full.", arm.number)
     arm.record.adapter = str(folder)
 
 

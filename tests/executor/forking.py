@@ -13,6 +13,7 @@ import sys
 import tempfile
 import time
 import traceback
+import warnings
 from collections.abc import Callable, Mapping
 from functools import cache, partial
 from multiprocessing.context import ForkServerContext
@@ -124,6 +125,7 @@ class Forked:
 def _body(function: Callable[[], Any], environment: Mapping[str, str], folder: str) -> None:
     """In the process."""
     os.environ.update(environment)
+    warnings.simplefilter("ignore")
     signal.signal(signal.SIGINT, signal.default_int_handler)
     for number, name in ((1, "out"), (2, "err")):
         descriptor = os.open(Path(folder, name), os.O_WRONLY | os.O_CREAT | os.O_APPEND)

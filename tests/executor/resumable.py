@@ -7,21 +7,25 @@ import hashlib
 import itertools
 import json
 import os
+import resource
 import signal
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
 import optuna
+import torch
 from peft import LoraConfig
 
-from rapidfire_automl import PolicyPruner, RapidFireExecutor
+from rapidfire_automl import PolicyPruner, RapidFireExecutor, failpoints
 from rapidfire_automl.attempts import last_attempts
+from rapidfire_automl.event_log import FILE, EventLog, read_events
 from rapidfire_automl.events import Event
 from rapidfire_automl.plan import Plan
 from rapidfire_policies import ASHA, Nop
 from tests.executor.scripts import Script
-from tests.executor.searches import PLAN, make_executor, sft
+from tests.executor.searches import PLAN, Do, make_executor, sft, sums, tiny_model
 
 POLICIES: dict[str, Any] = {
     "nop": Nop(),
@@ -43,10 +47,16 @@ def run(
     hidden: int = 32,
     term_at: int | None = None,
     steered: bool = False,
+    more: bool = False,
+    wide: bool = False,
+    file_limit_bytes: int = 0,
+    lifted_at: int | None = None,
+    poisoned: int | None = None,
+    raising: int | None = None,
 ) -> dict[str, Any]:
     """Search, or go on; what came of it, in plain JSON types."""
-    from tests.executor.searches import sums, tiny_model
-
+    begin_s = time.monotonic()
+    folder.mkdir(parents=True, exist_ok=True)
     study = optuna.create_study(
         study_name="search",
         storage=storage,
@@ -54,6 +64,9 @@ def run(
         sampler=optuna.samplers.TPESampler(seed=3, n_startup_trials=3),
         pruner=PolicyPruner(POLICIES[policy]),
     )
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    if file_limit_bytes:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (file_limit_bytes, hard))
     plan = Plan(trials_per_pass=1, reason="a test") if alone else PLAN
     executor: RapidFireExecutor = make_executor(
         slots=2, chunks=chunks, plan=plan, output_dir=folder, model=tiny_model(hidden)
@@ -61,14 +74,27 @@ def run(
 
     @executor.objective
     def objective(trial: optuna.Trial) -> Any:
+        lr = trial.suggest_float("lr", lowest, 1.0, log=True)
+        failpoints.hit("objective")
+
+        def harm(model: Any, state: Any, **_: Any) -> None:
+            if state.global_step == 5 and trial.number == raising:
+                raise ZeroDivisionError("on purpose")
+            if state.global_step == 5 and trial.number == poisoned:
+                with torch.no_grad():
+                    for parameter in model.parameters():
+                        if parameter.requires_grad:
+                            parameter.fill_(float("nan"))
+
         return sft(
             executor,
             trial,
-            lr=trial.suggest_float("lr", lowest, 1.0, log=True),
+            lr=lr,
+            callbacks=[Do(harm)],
             num_train_epochs=2,
             train_dataset=sums(train_rows),
             peft_config=LoraConfig(
-                r=trial.suggest_categorical("r", [2, 4]),
+                r=trial.suggest_categorical("r", [256, 260] if wide else [2, 4]),
                 lora_dropout=0.1,
                 target_modules=["q_proj", "v_proj"],
                 task_type="CAUSAL_LM",
@@ -83,13 +109,20 @@ def run(
     steps = itertools.count(1)
 
     def term(event: Event) -> None:
-        if event.kind == "step" and next(steps) == term_at:
+        if event.kind != "step":
+            return
+        step = next(steps)
+        if step == term_at:
             os.kill(os.getpid(), signal.SIGTERM)
+        if step == lifted_at:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
     executor.add_listener(term)
-    with executor:
-        executor.optimize(study, objective, n_trials=n_trials)
-        records = executor.records
+    with EventLog(folder / FILE) as log:
+        executor.add_listener(log)
+        with executor:
+            executor.optimize(study, objective, n_trials=n_trials, more=more)
+            records = executor.records
     return {
         "trials": {
             str(number): {
@@ -102,8 +135,11 @@ def run(
             }
             for number, record in records.items()
         },
+        "adapters": {str(number): record.adapter for number, record in records.items()},
+        "log": _log(folder),
         "optuna": [trial.state.name for trial in last_attempts(study).values()],
         "attempts": len(study.trials),
+        "seconds": time.monotonic() - begin_s,
         "events": [kind for kind, _, _ in events],
         "trained": sum(kind == "chunk_done" for kind, _, _ in events),
         "commands": script.effects(),
@@ -115,6 +151,16 @@ def _sha256(adapter: str | None) -> str | None:
     if adapter is None:
         return None
     return hashlib.sha256((Path(adapter) / "adapter_model.safetensors").read_bytes()).hexdigest()
+
+
+def _log(folder: Path) -> dict[str, list[Any]]:
+    """The verdict log: by trial, every verdict of `events.jsonl` with the rule's numbers."""
+    told: dict[str, list[Any]] = {}
+    for line in read_events(folder).lines:
+        if line.event.kind == "verdict":
+            data = {name: value for name, value in line.event.data.items() if name != "again"}
+            told.setdefault(str(line.event.trial), []).append([line.event.chunk, data])
+    return told
 
 
 def main() -> None:

@@ -45,6 +45,8 @@ from rapidfire_automl.executor.checkpoints import (
 from rapidfire_automl.executor.trees import decode, encode
 from rapidfire_automl.executor.writing import Trouble, Writer, Written
 
+pytestmark = pytest.mark.faults
+
 FILES = ["adapter_config.json", "adapter_model.safetensors", "manifest.json", "state.json", "tensors.safetensors"]
 
 
@@ -563,7 +565,7 @@ def test_a_full_disk_pauses_writing(tmp_path: Path) -> None:
         assert not writer.flush(0.5)
         assert writer.paused and heard.kinds == ["paused"], heard.kinds
         assert writer.pending_bytes <= 2 * pack(snapshot()).nbytes
-        assert value_of(newest(folder / "a").snapshot) == 1.0
+        assert value_of(read(folder / "a" / "chunk-0001")) == 1.0
         resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
         assert writer.flush(30)
         assert heard.kinds == ["paused", "resumed"] and not writer.paused
@@ -599,5 +601,5 @@ def test_other_kinds_of_full(number: int, tmp_path: Path, monkeypatch: pytest.Mo
     both.set()
     assert writer.flush(30) and writer.close(30)
     assert heard.kinds == ["paused", "resumed"]
-    assert [w.folder.parent.name for w in heard.written] == ["a", "b"]
+    assert sorted(w.folder.parent.name for w in heard.written) == ["a", "b"]
     assert sorted(p.name for p in tmp_path.rglob("*chunk*")) == ["chunk-0001", "chunk-0001"]

@@ -19,7 +19,7 @@ from rapidfire_automl import RapidFireExecutor
 from rapidfire_policies import TrialState
 from tests.executor.searches import LRS, Do, by_lr, make_executor, sft, study_of
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.faults]
 
 ROOT = Path(__file__).parents[2]
 

@@ -19,7 +19,7 @@ from rapidfire_automl.pruners import PolicyPruner
 from rapidfire_policies.base import Decision, History, Policy, TrialState, Verdict
 from tests.executor.helpers import ALONE, JOINT, VOCAB, Result, Spec, differences, train_together, weight_difference
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.faults]
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,6 +20,8 @@ from rapidfire_automl.plan import Plan
 from tests.executor.searches import LRS, TRAIN, Done, by_lr, make_executor, search, sft, tiny_model
 from tests.executor.test_rounds import with_dropout
 
+pytestmark = pytest.mark.faults
+
 Full = Callable[[Sequence[Any]], bool]
 
 
@@ -30,6 +34,7 @@ def out_of_memory_in(method: str, full: Full) -> Callable[[RapidFireExecutor], N
         own = getattr(multiplexer, method)
 
         def tight(work: Any) -> Any:
+            assert sys.exc_info()[0] is None, "the failed pass is still held by its error while it is tried again"
             parts = [request for _, request in work] if method == "forward" else [p for p in work.parts if p.live]
             if full(parts):
                 raise torch.OutOfMemoryError("a tiny machine")
@@ -98,8 +103,11 @@ def test_what_does_not_fit_alone_fails_alone(method: str) -> None:
 
     done = search(LRS[:3], objective=objective, prepare=out_of_memory_in(method, wide))
     assert done.states() == ["COMPLETE", "FAIL", "COMPLETE"]
-    assert done.executor.records[1].error == "OutOfMemoryError: a tiny machine"
-    assert done.of_kind("out_of_memory")
+    error = done.executor.records[1].error or ""
+    assert re.match(r"OutOfMemoryError: A pass( of 2 rows of \d+ tokens)? does not fit .* \(a tiny machine\)", error)
+    assert "smaller `per_device_train_batch_size`" in error
+    assert [event.trial for event in done.of_kind("out_of_memory")][-1] == 1
+    assert done.executor.plan.budget_tokens == done.of_kind("out_of_memory")[-1].data["budget_tokens"]
     plain = search(LRS[:3])
     np.testing.assert_allclose(done.losses(0), plain.losses(0), rtol=1e-6)
     np.testing.assert_allclose(done.losses(2), plain.losses(2), rtol=1e-6)

@@ -2,123 +2,136 @@
 
 from __future__ import annotations
 
-import json
 import os
 import pickle
 import random
 import re
 import signal
-import subprocess
-import sys
-from collections.abc import Mapping
+import time
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
 from rapidfire_automl.executor.journal import FolderInUse, Journal, SearchDiffers
 from rapidfire_automl.failpoints import FailpointError
 from rapidfire_policies import Decision, Verdict
 from tests.executor import resumable
+from tests.executor.forking import Forked
 
-ROOT = Path(__file__).resolve().parents[2]
+pytestmark = pytest.mark.faults
+
+Whole = Callable[[str, bool], dict[str, Any]]
+ADAPTER = "adapter_model.safetensors"
 
 
-def start(folder: Path, options: Mapping[str, Any], failpoints: str = "", **more: str) -> subprocess.Popen[str]:
-    """A search in `folder` in a process of its own; the same command goes on with it."""
+def start(folder: Path, failpoints: str = "", **options: Any) -> Forked:
+    """A search in `folder` in a process of its own; the same call goes on with it."""
     folder.mkdir(parents=True, exist_ok=True)
-    environment = {
-        **os.environ,
-        "RAPIDFIRE_FAILPOINTS": failpoints,
-        "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "policies")]),
-        "PYTHONWARNINGS": "ignore",
-        "OMP_NUM_THREADS": "1",
-        **more,
-    }
-    command = [
-        sys.executable,
-        "-m",
-        "tests.executor.resumable",
-        str(folder / "out"),
-        f"sqlite:///{folder / 'study.db'}",
-    ]
-    return subprocess.Popen(
-        [*command, json.dumps(dict(options))],
-        env=environment,
-        cwd=ROOT,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-
-
-def finish(process: subprocess.Popen[str]) -> dict[str, Any]:
-    """What a search that ends well has come to."""
-    out, err = process.communicate(timeout=300)
-    assert process.returncode == 0, err[-3000:]
-    found: dict[str, Any] = json.loads(out.splitlines()[-1])
-    return found
-
-
-def killed(process: subprocess.Popen[str]) -> None:
-    """The process has died of SIGKILL."""
-    _, err = process.communicate(timeout=300)
-    assert process.returncode == -signal.SIGKILL, err[-3000:]
+    storage = f"sqlite:///{folder / 'study.db'}"
+    return Forked(resumable.run, folder / "out", storage, failpoints=failpoints, **options)
 
 
 ALL = bool(os.environ.get("RAPIDFIRE_FAULTS"))
 """Whether `make test-faults` asks for every fault; otherwise one of each kind is tried."""
 POLICIES = ("promotion", "asha") if ALL else ("promotion",)
-KILLS = ["step=kill@11", "checkpoint.renaming=kill@4", "round.reported=kill@2", "trial.ended=kill@2"]
+KILLS = ["step=kill@11", "checkpoint.renaming=kill@4", "round.reported=kill@2", "round.judged=kill@3"]
+KILLS += ["trial.asking=kill@3", "trial.asked=kill@4", "objective=kill@1", "trial.ended=kill@2"]
 MORE_KILLS = ["step=kill@3", "checkpoint.writing=kill@2", "checkpoint.renamed=kill@5", "round.judging=kill@3"]
-MORE_KILLS += ["round.judged=kill@1", "round.judged=kill@3", "trial.ended=kill@1"]
+MORE_KILLS += ["round.judged=kill@1", "trial.asking=kill@1", "trial.asking=kill@6", "trial.asked=kill@5"]
+MORE_KILLS += ["trial.ended=kill@1", "pass.backward=kill@9", "pass.forward=kill@1"]
+PLACES = ("step", "checkpoint.writing", "checkpoint.renaming", "checkpoint.renamed", "round.reported", "round.judging")
+PLACES += ("round.judged", "trial.asking", "trial.asked", "objective", "trial.ended", "pass.forward", "pass.backward")
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
-    """Searches nobody disturbs, by policy."""
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, bool], dict[str, Any]]:
+    """Searches nobody disturbs, by policy, and whether each trial has its passes for itself."""
     folder = tmp_path_factory.mktemp("whole")
-    processes = {policy: start(folder / policy, {"policy": policy}) for policy in POLICIES}
-    return {policy: finish(process) for policy, process in processes.items()}
+    known: dict[str, dict[str, Any]] = {}
+
+    def search(policy: str, alone: bool) -> dict[str, Any]:
+        key = f"{policy}-{alone}"
+        if key not in known:
+            begin = time.monotonic()
+            known[key] = start(folder / key, policy=policy, alone=alone).result()
+            known[key]["seconds"] = time.monotonic() - begin
+        return known[key]
+
+    return search
+
+
+def assert_same(found: Mapping[str, Any], whole: Mapping[str, Any], *, alone: bool = True) -> None:
+    """Bit by bit the same adapters, the same verdicts with the same reasons; in joint passes to 1e-6."""
+    assert found["optuna"] == whole["optuna"]
+    if alone:
+        assert found["trials"] == whole["trials"]
+        assert found["log"] == whole["log"]
+        return
+    assert found["trials"].keys() == whole["trials"].keys()
+    for number, trial in whole["trials"].items():
+        same = found["trials"][number]
+        assert (same["state"], same["params"]) == (trial["state"], trial["params"])
+        assert [verdict[:2] for verdict in same["verdicts"]] == [verdict[:2] for verdict in trial["verdicts"]]
+        assert same["values"] == pytest.approx(trial["values"], rel=1e-6)
+        if trial["adapter"] is not None:
+            mine, theirs = (load_file(Path(run["adapters"][number]) / ADAPTER) for run in (found, whole))
+            for name, expected in theirs.items():
+                torch.testing.assert_close(mine[name], expected, rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("policy", POLICIES)
 @pytest.mark.parametrize("where", [*KILLS, *(MORE_KILLS if ALL else [])])
-def test_killed_and_run_again(whole: dict[str, dict[str, Any]], tmp_path: Path, where: str, policy: str) -> None:
-    """Bit by bit the same adapters, the same verdicts with the same reasons, and at most a chunk a trial done again."""
-    killed(start(tmp_path, {"policy": policy}, failpoints=where))
-    found = finish(start(tmp_path, {"policy": policy}))
-    assert found["trials"] == whole[policy]["trials"]
-    assert found["optuna"] == whole[policy]["optuna"]
+def test_killed_and_run_again(whole: Whole, tmp_path: Path, where: str, policy: str) -> None:
+    """The same search in the end, and at most a chunk a trial done again."""
+    start(tmp_path, policy=policy, failpoints=where).killed()
+    found = start(tmp_path, policy=policy).result()
+    assert_same(found, whole(policy, True))
     assert "search_resumed" in found["events"]
 
 
-@pytest.mark.skipif(not ALL, reason="`make test-faults` runs it: a minute")
+@pytest.mark.slow
+@pytest.mark.parametrize("where", ["step=kill@11", *(KILLS if ALL else [])])
+def test_killed_in_joint_passes(whole: Whole, tmp_path: Path, where: str) -> None:
+    start(tmp_path, policy="promotion", alone=False, failpoints=where).killed()
+    found = start(tmp_path, policy="promotion", alone=False).result()
+    assert_same(found, whole("promotion", False), alone=False)
+    assert "search_resumed" in found["events"]
+
+
+@pytest.mark.skipif(not ALL, reason="`make test-faults` runs it: minutes")
 @pytest.mark.parametrize("seed", range(20))
-def test_killed_at_any_moment(whole: dict[str, dict[str, Any]], tmp_path: Path, seed: int) -> None:
-    """SIGKILL at a random moment, up to three times, then to the end."""
+def test_killed_at_any_moment(whole: Whole, tmp_path: Path, seed: int) -> None:
+    """SIGKILL up to three times, at moments or passed places that the seed draws, then to the end."""
     draw = random.Random(seed)
+    policy = draw.choice(POLICIES)
+    undisturbed = whole(policy, True)
     for _ in range(draw.randint(1, 3)):
-        process = start(tmp_path, {"policy": "promotion"})
-        try:
-            process.wait(timeout=draw.uniform(3.0, 12.0))
-        except subprocess.TimeoutExpired:
-            process.kill()
-        process.communicate()
-    found = finish(start(tmp_path, {"policy": "promotion"}))
-    if found["trained"]:
-        assert found["trials"] == whole["promotion"]["trials"]
-    assert found["optuna"] == whole["promotion"]["optuna"]
+        if draw.random() < 0.5:
+            moment = draw.uniform(0.0, 1.2 * undisturbed["seconds"])
+            process, how = start(tmp_path, policy=policy), f"after {moment:.2f} s"
+            if not process.ends_within(moment):
+                process.send(signal.SIGKILL)
+        else:
+            how = f"{draw.choice(PLACES)}=kill@{draw.randint(1, 12)}"
+            process = start(tmp_path, policy=policy, failpoints=how)
+        print(f"seed {seed}: {policy}, {how}: ended with {process.wait()}")
+        if process.code == 0:
+            break
+    else:
+        process = start(tmp_path, policy=policy)
+    assert_same(process.result(), undisturbed)
 
 
 @pytest.mark.slow
-def test_sigterm_leaves_a_search_that_goes_on(whole: dict[str, dict[str, Any]], tmp_path: Path) -> None:
-    process = start(tmp_path, {"policy": "promotion", "term_at": 9})
-    _, err = process.communicate(timeout=300)
-    assert process.returncode == 128 + signal.SIGTERM, err[-3000:]
-    found = finish(start(tmp_path, {"policy": "promotion"}))
-    assert found["trials"] == whole["promotion"]["trials"]
+def test_sigterm_leaves_a_search_that_goes_on(whole: Whole, tmp_path: Path) -> None:
+    process = start(tmp_path, policy="promotion", term_at=9)
+    assert process.wait() == 128 + signal.SIGTERM, process.err
+    assert_same(start(tmp_path, policy="promotion").result(), whole("promotion", True))
 
 
 # -- in this process: what is on the disk, and what is refused ---------------------------------------------------------
@@ -215,9 +228,11 @@ def test_a_line_cut_short_is_dropped(tmp_path: Path) -> None:
     last.close()
 
 
-def test_a_search_that_is_over_is_not_gone_on_with(tmp_path: Path) -> None:
+def test_a_search_that_is_over_is_followed_by_another_or_found_again(tmp_path: Path) -> None:
     first = search(tmp_path, n_trials=2)
-    second = search(tmp_path, n_trials=2)
+    again = search(tmp_path, n_trials=2)
+    assert (again["trials"], again["trained"]) == (first["trials"], 0)
+    second = search(tmp_path, n_trials=2, more=True)
     assert len(first["optuna"]) == 2
     assert len(second["optuna"]) == 4
     assert "search_resumed" not in second["events"]

@@ -445,6 +445,9 @@ def test_a_trial_that_raises_frees_its_slot() -> None:
     assert done.executor.records[0].error == "LookupError: no such file"
     assert done.executor.records[2].error == "ZeroDivisionError: division by zero"
     assert done.executor.records[2].params == {"lr": LRS[2]}
+    told = {event.trial: event.data.get("traceback", "") for event in done.of_kind("trial_ended")}
+    assert "in build" in told[0] and "1 / 0" in told[2], "where it was raised"
+    assert not told[1] and not told[3]
     reference = search(LRS[:5], slots=2)
     np.testing.assert_allclose(done.losses(3), reference.losses(3), rtol=1e-6)
 

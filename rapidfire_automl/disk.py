@@ -1,0 +1,108 @@
+"""A disk that is full: how it is told from other trouble, how much stays free, and lines that wait for room.
+
+What matters most is smallest: verdicts, events, the study, adapters. So checkpoints, which are large and only a
+convenience, stop while some of the disk is still free, and lines that can't be written wait in memory.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+from io import RawIOBase
+from pathlib import Path
+from typing import IO
+
+try:
+    import fcntl
+except ImportError:  # Windows: nobody keeps a second process out
+    fcntl = None  # type: ignore[assignment]
+
+_ERRNOS = (errno.ENOSPC, errno.EFBIG, errno.EDQUOT)
+_WORDS = tuple(os.strerror(number).lower() for number in _ERRNOS)
+_RESERVE_BYTES = 64 << 20
+_RESERVE_SHARE = 0.05
+_sync = getattr(os, "fdatasync", os.fsync)
+
+
+def is_full(error: BaseException) -> bool:
+    """Whether something could not be written because the disk, a quota or a limit on files is used up.
+
+    >>> is_full(OSError(errno.ENOSPC, "")), is_full(OSError(errno.EIO, ""))
+    (True, False)
+    """
+    if isinstance(error, OSError) and error.errno is not None:
+        return error.errno in _ERRNOS
+    return any(words in str(error).lower() for words in _WORDS)  # safetensors has errors of its own
+
+
+def has_room(folder: Path, needed_bytes: int) -> bool:
+    """Whether a checkpoint of so many bytes may be written to a folder, or to what of it exists.
+
+    5% of the disk, and at most 64 MiB, stay free for what matters more.
+    """
+    while not folder.exists() and folder != folder.parent:
+        folder = folder.parent
+    try:
+        usage = shutil.disk_usage(folder)
+    except OSError:
+        return True  # the write itself will tell
+    return usage.free >= needed_bytes + min(_RESERVE_BYTES, int(_RESERVE_SHARE * usage.total))
+
+
+def claim(path: Path) -> IO[str] | None:
+    """Lock a file for this process, until it is closed; None where another process has it."""
+    file = path.open("a", encoding="utf-8")
+    if fcntl is not None:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            file.close()
+            return None
+    return file
+
+
+class Appender:
+    """Appends lines to a file; what can't be written waits in memory and goes first the next time.
+
+    Args:
+        path: Made when missing.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.file: RawIOBase = path.open("ab+", buffering=0)
+        self._waiting = b""
+
+    def append(self, lines: bytes = b"", *, sync: bool) -> OSError | None:
+        """Append lines.
+
+        Args:
+            lines: Whole ones.
+            sync: Whether they are to be on the disk when this returns, not only with the system.
+
+        Returns:
+            Why they wait, or None.
+        """
+        self._waiting += lines
+        try:
+            while self._waiting:
+                self._waiting = self._waiting[self.file.write(self._waiting) or 0 :]
+            if sync:
+                _sync(self.file.fileno())
+        except OSError as error:
+            return error
+        return None
+
+    @property
+    def closed(self) -> bool:
+        """Whether `close` was called."""
+        return self.file.closed
+
+    def close(self) -> OSError | None:
+        """Try once more, and close; what still waits is lost, and why is returned."""
+        if self.file.closed:
+            return None
+        error = self.append(sync=True)
+        self.file.close()
+        return error
