@@ -53,7 +53,9 @@ test-fast: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m "not slow"
 
 test-faults: $(STAMP)
-	RAPIDFIRE_FAULTS=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 tests/executor/test_resume.py tests/executor/test_checkpoints.py tests/executor/test_workers.py tests/executor/test_storages.py
+	RAPIDFIRE_FAULTS=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 tests/executor/test_resume.py \
+		tests/executor/test_checkpoints.py tests/executor/test_workers.py tests/executor/test_storages.py \
+		tests/executor/test_steered.py
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

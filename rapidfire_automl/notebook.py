@@ -36,7 +36,6 @@ class Panel(Controls):
         self.search = search
         self._view = SearchView(0, getattr(search, "chunks", 1))
         self._closed = threading.Event()
-        self._sent: list[Sent] = []
         self.table = ipywidgets.HTML()
         self.message = ipywidgets.HTML()
         self.trial = ipywidgets.Dropdown(options=[], description="Trial")
@@ -98,7 +97,10 @@ class Panel(Controls):
 
     def _follow(self, every_s: float) -> None:
         while not self._closed.wait(every_s):
-            self.refresh()
+            try:
+                self.refresh()
+            except Exception as error:  # a storage that is away for a while
+                self._say(f"The search can't be looked at: {error}", good=False)
 
     def _hear(self, event: Event) -> None:
         """Called in the search's threads: a step is no reason to send a whole table to a browser."""

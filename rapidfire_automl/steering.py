@@ -20,6 +20,9 @@ from rapidfire_automl.mailboxes import FolderMailbox, StudyMailbox
 if TYPE_CHECKING:
     import optuna
 
+_CHUNKS_ATTR = "rapidfire:chunks"
+"""The study attribute that says how many chunks a whole trial has."""
+
 
 def sender(what: str) -> str:
     """Who sends from this process, in words: `command line, alice, process 4242 on pts/3 of host`."""
@@ -60,24 +63,79 @@ class Search(Controls):
         if (run_dir is None) == (study is None):
             raise ControlError("Name the run folder of the search, or its study and storage; not both.")
         self.source = source or "Python"
-        self._follower = None if run_dir is None else Follower(run_dir)
+        self._follower: Follower | StudyFollower
         self._mailbox: FolderMailbox | StudyMailbox
         if run_dir is not None:
+            self._follower = Follower(run_dir)
             self._mailbox = FolderMailbox(run_dir)
             if (self._mailbox.run_dir / "workers").is_dir():
                 raise ControlError(f"Several workers search in {run_dir}: name their study and its storage instead.")
             if self._mailbox.listener() is None and not (self._mailbox.run_dir / "events.jsonl").exists():
                 raise ControlError(f"{run_dir} is no run folder: it has no events.jsonl.")
         else:
-            self._mailbox = StudyMailbox(_load_study(study, storage))
+            loaded = _load_study(study, storage)
+            self._follower, self._mailbox = StudyFollower(loaded), StudyMailbox(loaded)
 
     def _send(self, command: Command) -> Sent:
         what = self.source if command.source == OWN_SOURCE else command.source
-        return self._mailbox.send(replace(command, source=sender(what)))
+        sent = self._mailbox.send(replace(command, source=sender(what)))
+        if isinstance(self._follower, StudyFollower):
+            self._follower.sent.append(sent)
+        return sent
 
     def events(self) -> list[Event]:
-        """What has happened since the last call, or since the search began, from the run folder's `events.jsonl`."""
-        return [] if self._follower is None else self._follower.read()
+        """What has happened since the last call, or since the search began.
+
+        From the run folder's `events.jsonl`; or what the study tells of it: trials, their values and their ends, and
+        what has come of commands from here.
+        """
+        return self._follower.read()
+
+
+class StudyFollower:
+    """What an Optuna study tells of a search, as events.
+
+    Args:
+        study: The study.
+    """
+
+    def __init__(self, study: optuna.Study) -> None:
+        self._study = study
+        self._told: dict[int, tuple[int, bool]] = {}
+        self.sent: list[Sent] = []
+
+    def read(self) -> list[Event]:
+        """What has happened since the last call."""
+        from rapidfire_automl.attempts import last_attempts
+
+        chunks = self._study.user_attrs.get(_CHUNKS_ATTR, 1)
+        events = []
+        for number, trial in last_attempts(self._study).items():
+            if trial.state.name == "WAITING" or not (trial.params or trial.state.is_finished()):
+                continue
+            if number not in self._told:
+                about = {"params": trial.params, "boundaries": list(range(1, chunks + 1))}
+                events.append(Event("trial_started", 0.0, number, 0, about))
+            before, ended = self._told.get(number, (0, False))
+            values = {step: value for step, value in sorted(trial.intermediate_values.items()) if step > before}
+            events += [Event("chunk_done", 0.0, number, step, {"value": value}) for step, value in values.items()]
+            if trial.state.is_finished() and not ended:
+                state = {"COMPLETE": "complete", "PRUNED": "pruned"}.get(trial.state.name, "failed")
+                about = {"state": state, "reason": trial.user_attrs.get("rapidfire:error", "")}
+                events.append(Event("trial_ended", 0.0, number, None, about))
+            self._told[number] = (max([before, *values]), trial.state.is_finished())
+        return events + self._answers()
+
+    def _answers(self) -> list[Event]:
+        events = []
+        for sent in list(self.sent):
+            command, effect = sent.command, sent.effect
+            if effect is not None:
+                self.sent.remove(sent)
+                about = {"id": command.id, "verb": command.verb, "of": command.trial, "source": command.source}
+                told = {**about, "effect": effect.state, "text": effect.text}
+                events.append(Event("command", 0.0, command.trial, None, told))
+        return events
 
 
 def in_background(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Future[Any]:

@@ -6,12 +6,15 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import optuna
 import pytest
 
 from rapidfire_automl.cli.view import SearchView
-from rapidfire_automl.control import Command, Controls
+from rapidfire_automl.control import Command, Controls, Effect
 from rapidfire_automl.events import Event
+from rapidfire_automl.mailboxes import StudyMailbox
 from rapidfire_automl.notebook import _values, panel, table
+from rapidfire_automl.steering import Search
 
 
 class Recorder(Controls):
@@ -65,6 +68,34 @@ def test_every_button_sends_its_verb() -> None:
     shown.changes.value = "nonsense"
     shown.buttons["add"].click()
     assert "Values must look like" in shown.message.value
+
+
+def test_a_panel_on_a_study_shows_what_the_study_tells(tmp_path: Path) -> None:
+    pytest.importorskip("ipywidgets", reason="the notebook's panel needs ipywidgets")
+    study = optuna.create_study(study_name="s", storage=f"sqlite:///{tmp_path / 'study.db'}")
+    study.set_user_attr("rapidfire:chunks", 3)
+    box = StudyMailbox(study, every_s=0)
+    box.open()
+    shown = panel(Search(study="s", storage=f"sqlite:///{tmp_path / 'study.db'}"), every_s=0)
+    assert list(shown.trial.options) == []
+    first, second = study.ask(), study.ask()
+    first.suggest_float("lr", 1e-4, 1e-2)
+    second.suggest_float("lr", 1e-4, 1e-2)
+    first.report(0.75, step=1)
+    first.report(0.5, step=2)
+    shown.refresh()
+    assert list(shown.trial.options) == [0, 1]
+    assert "<td>2/3<td>0.5" in shown.table.value
+    shown.trial.value = 0
+    shown.buttons["pause"].click()
+    (command,) = box.take()
+    assert (command.verb, command.trial) == ("pause", 0)
+    assert command.source.startswith("notebook panel, ")
+    box.answer(command, Effect("applied", "paused, at step 4 of 6"))
+    study.tell(second, state=optuna.trial.TrialState.FAIL)
+    shown.refresh()
+    assert "pause 0 (applied): paused, at step 4 of 6" in shown.message.value
+    assert shown.table.value.count(">paused<") == shown.table.value.count(">failed<") == 1
 
 
 def test_the_table_escapes_what_comes_from_outside() -> None:

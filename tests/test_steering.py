@@ -19,7 +19,7 @@ from typing import Any
 import optuna
 import pytest
 
-from rapidfire_automl import RapidFireExecutor, SearchResult, in_background, run_search
+from rapidfire_automl import RapidFireExecutor, Search, SearchResult, in_background, run_search
 from rapidfire_automl.control import ControlError
 from rapidfire_automl.events import Event
 from rapidfire_automl.plan import Plan
@@ -176,7 +176,7 @@ FOLDER, STUDY = ("--wait", "60"), ("--study", "steered", "--storage", "sqlite://
 
 
 def test_from_other_terminals(tmp_path: Path) -> None:
-    """A trial that would train for long, on a few sums over and over; each command waits for its effect."""
+    """Pause, clone, halve the learning rate, warm-start, resume a trial that would train for long; races between."""
     sums(16, seed=3).repeat(64).to_json(tmp_path / "train.jsonl")
     sums(16, seed=3).to_json(tmp_path / "eval.jsonl")
     (tmp_path / "search.toml").write_text(SEARCH.format(model=MODEL))
@@ -187,9 +187,12 @@ def test_from_other_terminals(tmp_path: Path) -> None:
     )  # fmt: skip
     try:
         wait_for(search, run_dir, lambda told: any(e["kind"] == "chunk_done" and e["chunk"] == 3 for e in told))
-        sequence(search, tmp_path, run_dir)
-        refusals(tmp_path)
+        paused_and_cloned(search, tmp_path, run_dir)
         raced(tmp_path, run_dir)
+        refusals(tmp_path, run_dir)  # what is left is paused by hand: the search idles
+        code, words = say(tmp_path, "resume", "0", *STUDY)
+        assert code == 0, words
+        assert "applied: goes on, at step" in words
         assert say(tmp_path, "cancel", *FOLDER)[1].endswith(CANCELLED)
         assert search.wait(60) == 0
     finally:
@@ -207,9 +210,8 @@ def test_from_other_terminals(tmp_path: Path) -> None:
     done = sum(e["kind"] == "chunk_done" for e in events[:cloned])
     before, after, untrained = source["values"][done - 1], clone["values"][0], summary["base_value"]
     assert abs(after - before) < 0.5 * abs(untrained - before), "it begins where its source is"
-    code, words = say(tmp_path, "pause", "0", *FOLDER)
-    assert code == 2
-    assert "runs no more: the search was cancelled" in words
+    with pytest.raises(ControlError, match="runs no more: the search was cancelled"):
+        Search(run_dir).pause(0)
     assert stat.S_IMODE((run_dir / "commands").stat().st_mode) == 0o700
 
 
@@ -218,8 +220,8 @@ CANCELLED = (
 )
 
 
-def sequence(search: subprocess.Popen[str], folder: Path, run_dir: Path) -> None:
-    """Pause, clone, halve the learning rate, warm-start, resume; through the run folder and through the study."""
+def paused_and_cloned(search: subprocess.Popen[str], folder: Path, run_dir: Path) -> None:
+    """Pause, clone, halve the learning rate, warm-start; through the run folder and through the study."""
     code, words = say(folder, "pause", "0", *FOLDER)
     assert code == 0, words
     assert "run folder: runs/search\nsent: pause 0\napplied: paused, at step" in words
@@ -227,21 +229,21 @@ def sequence(search: subprocess.Popen[str], folder: Path, run_dir: Path) -> None
     assert code == 0, words
     assert "applied: trial 1 is next in line for a slot" in words
     wait_for(search, run_dir, lambda told: any(e["kind"] == "chunk_done" and e["trial"] == 1 for e in told))
-    code, words = say(folder, "resume", "0", *STUDY)
-    assert code == 0, words
-    assert "applied: goes on, at step" in words
 
 
-def refusals(folder: Path) -> None:
+def refusals(folder: Path, run_dir: Path) -> None:
     """What can't be is said, and the exit code says so."""
-    for verb, why in (
-        (("resume", "0"), "trial 0 is training"),
-        (("stop", "7"), "trial 7 is unknown: there are 0 to 1"),
-        (("set-policy", "os:system"), "would import code"),
+    code, words = say(folder, "set-policy", "os:system", *FOLDER)
+    assert code == 1
+    assert "refused: `policy` 'os:system' would import code that the search has not been started with" in words
+    for sent, why in (
+        (Search(run_dir).resume(1), "trial 1 was stopped"),
+        (Search(run_dir).pause(0), "trial 0 is paused by hand already"),
+        (Search(run_dir).stop(7), "trial 7 is unknown: there are 0 to 1"),
     ):
-        code, words = say(folder, *verb, *FOLDER)
-        assert code == 1
-        assert f"refused: {why}" in words or why in words
+        effect = sent.wait(60)
+        assert effect is not None
+        assert (effect.state, effect.text) == ("refused", why)
 
 
 RACER = """

@@ -115,6 +115,6 @@ def test_a_search_that_waits_for_a_reward_listens(tmp_path: Path) -> None:
         return [0.0] * len(completions)
 
     spec = Judged(args={"max_steps": 2}, rewards=(slow,))
-    records, _, effects = run(tmp_path, [spec], (Away, 1, [Command("pause", 7)]), answered)
+    records, _, effects = run(tmp_path, [spec], (Away, 3, [Command("pause", 7)]), answered)
     assert records[0].error is None
     assert effects["pause"].text == "trial 7 is unknown: there are 0 to 0"

@@ -12,8 +12,10 @@ from typing import Any
 
 import pytest
 
+from rapidfire_automl import Search
+from rapidfire_automl.control import Command
 from tests.executor import resumable
-from tests.executor.test_resume import killed, start
+from tests.executor.forking import Forked
 
 pytestmark = pytest.mark.slow
 ALL = bool(os.environ.get("RAPIDFIRE_FAULTS"))
@@ -27,6 +29,18 @@ MOMENTS += ["command.ruled@2", "command.ruled@3", "step@9", "checkpoint.renamed@
 def search(folder: Path, **options: Any) -> dict[str, Any]:
     folder.mkdir(parents=True, exist_ok=True)
     return resumable.run(folder / "out", f"sqlite:///{folder / 'study.db'}", **{**OPTIONS, **options})
+
+
+def killed(folder: Path, moment: str) -> bool:
+    """Search in a process that dies at a moment; whether it has come to that."""
+    folder.mkdir(parents=True, exist_ok=True)
+    where, _, count = moment.partition("@")
+    at, storage = f"{where}=kill@{count or 1}", f"sqlite:///{folder / 'study.db'}"
+    process = Forked(resumable.run, folder / "out", storage, failpoints=at, **OPTIONS)
+    if process.wait() == -signal.SIGKILL:
+        return True
+    (folder / "found.json").write_text(json.dumps(process.result()))
+    return False
 
 
 @pytest.fixture(scope="module")
@@ -62,20 +76,25 @@ def test_what_the_script_does(whole: dict[str, Any]) -> None:
     ]
 
 
-def test_killed_twice_and_run_again(whole: dict[str, Any], tmp_path: Path) -> None:
-    """Once when a clone has just been queued, once when the policy has just been swapped."""
-    killed(start(tmp_path, OPTIONS, failpoints="command.enqueued=kill"))
-    assert {"extend"} == {entry["command"] for entry in entries(tmp_path) if "command" in entry}
+def test_killed_and_run_again(whole: dict[str, Any], tmp_path: Path) -> None:
+    """When the policy has just been swapped: a clone waits in the queue, its source is paused in the middle of a chunk,
+    extended since its last checkpoint, which it has not."""
+    assert killed(tmp_path, "command.policy")
     shutil.copytree(tmp_path, tmp_path / "copy", ignore=shutil.ignore_patterns("clones"))
-    killed(start(tmp_path, OPTIONS, failpoints="command.policy=kill"))
+    # Another terminal has sent these to the search that was killed; the second had been applied there.
+    other = Search(study="search", storage=f"sqlite:///{tmp_path / 'study.db'}")
+    stale, known = other.stop(1), other._send(Command("extend", 0, {"chunks": 1}, id="extend"))
     found = search(tmp_path)
     assert outcome(found) == outcome(whole)
+    assert {n: t["params"] for n, t in found["trials"].items()} == {n: t["params"] for n, t in whole["trials"].items()}
+    assert stale.effect is not None and stale.effect.text.startswith("stale: it was sent to attempt 1 of this search")
+    assert known.effect is not None and known.effect.applied and known.effect.text.endswith(AGAIN)
     assert found["judges"] == ["", "Patience(Nop)"]
-    # The pause needed no second time: its trial was paused from the start.
-    once = {entry["command"] for entry in entries(tmp_path) if "command" in entry}
-    assert once == {"extend", "pause", "policy", "resume", "stop"}
-    assert sum("command" in entry for entry in entries(tmp_path)) == len(once)
-    assert found["commands"]["policy"].endswith(AGAIN)
+    noted = sorted(entry["command"] for entry in entries(tmp_path) if "command" in entry)
+    assert noted == ["extend", "pause", "policy", "resume", "stop"], "each once"
+    # The script has sent them all again where their moments came again.
+    assert {name for name, text in found["commands"].items() if text.endswith(AGAIN)} >= {"extend", "clone", "policy"}
+    assert len(found["trials"]) == 5
     assert not (tmp_path / "out" / "clones").exists()
     # What the clone was to begin with is lost: it fails, and nobody else.
     found = search(tmp_path / "copy")
@@ -88,11 +107,8 @@ def test_killed_twice_and_run_again(whole: dict[str, Any], tmp_path: Path) -> No
     "moments", [(moment,) for moment in MOMENTS] + list(itertools.product(MOMENTS[:4], MOMENTS[3:]))
 )
 def test_killed_at_every_moment(whole: dict[str, Any], tmp_path: Path, moments: tuple[str, ...]) -> None:
-    for moment in (*moments, ""):
-        where, _, count = moment.partition("@")
-        process = start(tmp_path, OPTIONS, failpoints=f"{where}=kill@{count or 1}" if moment else "")
-        out, err = process.communicate(timeout=300)
-        if process.returncode == 0:  # a moment that does not come again
-            break
-        assert process.returncode == -signal.SIGKILL, err[-3000:]
-    assert outcome(json.loads(out.splitlines()[-1])) == outcome(whole)
+    done = False
+    for moment in moments:
+        done = done or not killed(tmp_path, moment)  # a moment that does not come again ends the search
+    told = json.loads((tmp_path / "found.json").read_text()) if done else search(tmp_path)
+    assert outcome(told) == outcome(whole)
