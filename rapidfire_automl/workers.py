@@ -32,8 +32,6 @@ LEDGER_ATTR = "rapidfire:ledger"
 """The trial attribute that holds what was decided of it."""
 CANCELLED_ATTR = "rapidfire:cancelled"
 """The study attribute that says why nobody works on it any more."""
-WARM_ATTR, FOR_ATTR = "rapidfire:warm_start", "rapidfire:for"
-"""Trial attributes: it begins with what a worker has in its memory, and which worker that is."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,28 +146,17 @@ def rhythm(study: optuna.Study) -> tuple[float, float]:
 # -- taking ------------------------------------------------------------------------------------------------------------
 
 
-def claimable(study: optuna.Study, worker: Worker) -> list[FrozenTrial]:
-    """Trials that wait for somebody: what others have begun first, then what people have added, then new ones.
-
-    A clone that begins with what a worker has in its memory is left to that worker, unless nothing else is left to do.
-    """
+def claimable(study: optuna.Study) -> list[FrozenTrial]:
+    """Trials that wait for somebody: what others have begun first, then what people have added, then new ones."""
     trials = attempts.counted(study.get_trials(deepcopy=False))
-    waiting = [trial for trial in trials if trial.state is OptunaState.WAITING]
-    mine = [trial for trial in waiting if not trial.user_attrs.get(WARM_ATTR) or _is_for(trial, worker)]
-    if not mine and not any(trial.state is OptunaState.RUNNING for trial in trials):
-        mine = waiting
     return sorted(
-        mine,
+        (trial for trial in trials if trial.state is OptunaState.WAITING),
         key=lambda trial: (
             attempts.attempt_of(trial) == 1,
             attempts.COMMAND_ATTR not in trial.user_attrs,
             attempts.number_of(trial),
         ),
     )
-
-
-def _is_for(trial: FrozenTrial, worker: Worker) -> bool:
-    return trial.user_attrs.get(FOR_ATTR) == worker.name or attempts.attempt_of(trial) > 1
 
 
 def claim(study: optuna.Study, trial: FrozenTrial, worker: Worker) -> optuna.Trial | None:

@@ -38,7 +38,7 @@ def work(path: str) -> list[int]:
     study, worker = study_in(path), workers.Worker.here()
     workers.fill(study, N_TRIALS)
     mine = []
-    while waiting := workers.claimable(study, worker):
+    while waiting := workers.claimable(study):
         trial = workers.claim(study, waiting[0], worker)
         if trial is not None:
             trial.suggest_float("x", 0.0, 1.0)
@@ -61,14 +61,14 @@ def test_two_processes_on_one_sqlite_file_share_a_budget(tmp_path: Path) -> None
 def test_a_budget_is_topped_up_and_numbers_have_no_gaps(study: optuna.Study) -> None:
     worker = workers.Worker.here()
     workers.fill(study, 2, [{"x": 0.25}])
-    first = workers.claim(study, workers.claimable(study, worker)[0], worker)
+    first = workers.claim(study, workers.claimable(study)[0], worker)
     assert first is not None
     assert first.suggest_float("x", 0.0, 1.0) == 0.25
     workers.hand_back(study, first)
     workers.fill(study, 3)
     workers.fill(study, 3)
-    assert [attempts.number_of(trial) for trial in workers.claimable(study, worker)] == [0, 1, 2]
-    assert attempts.attempt_of(workers.claimable(study, worker)[0]) == 2
+    assert [attempts.number_of(trial) for trial in workers.claimable(study)] == [0, 1, 2]
+    assert attempts.attempt_of(workers.claimable(study)[0]) == 2
 
 
 def test_of_doubles_the_first_counts_for_everybody(study: optuna.Study) -> None:
@@ -81,14 +81,14 @@ def test_of_doubles_the_first_counts_for_everybody(study: optuna.Study) -> None:
         study.enqueue_trial({}, user_attrs={attempts.COMMAND_ATTR: "c1"})
     assert [one.number for one in attempts.counted(study.get_trials())] == [0, second.number, 3]
     assert {n: one.number for n, one in attempts.last_attempts(study).items()} == {0: 1, 3: 3}
-    assert len(workers.claimable(study, workers.Worker.here())) == 2
+    assert len(workers.claimable(study)) == 2
 
 
 def test_the_dead_and_the_orphaned_are_found_and_those_that_have_ended_are_not(study: optuna.Study) -> None:
     worker = workers.Worker.here()
     workers.fill(study, 4)
     dead, orphan, ended, lives = [
-        workers.claim(study, trial, worker) for trial in workers.claimable(study, worker)
+        workers.claim(study, trial, worker) for trial in workers.claimable(study)
     ]  # fmt: skip
     assert dead and orphan and ended and lives
     gone = Forked(int)

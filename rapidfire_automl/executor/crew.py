@@ -85,18 +85,13 @@ class Crew:
     def claimable(self) -> list[FrozenTrial]:
         """Trials that wait for somebody; counts what others do, too."""
         self.refresh()
-        found = workers.claimable(self._study, self.worker)
+        found = workers.claimable(self._study)
         self.left = len(found)
         return found
 
     def claim(self, trial: FrozenTrial) -> optuna.Trial | None:
         """Take a trial; None if somebody else has."""
         return workers.claim(self._study, trial, self.worker)
-
-    def keep_for_itself(self, trial: FrozenTrial) -> None:
-        """A clone that begins with what this process has in memory is no use to another."""
-        if trial.user_attrs.get(workers.WARM_ATTR):
-            self._study._storage.set_trial_user_attr(trial._trial_id, workers.FOR_ATTR, self.worker.name)
 
     def hold(self, arm: Arm) -> None:
         """The trial is this worker's from now on."""

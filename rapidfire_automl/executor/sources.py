@@ -182,8 +182,7 @@ class Claims:
         return arms
 
     def ask_for(self, trial: FrozenTrial) -> None:
-        """One that somebody has added through this worker; any may take it that can."""
-        self._crew.keep_for_itself(trial)
+        """One that somebody has added through this worker: it waits in the study, and any may take it."""
 
     @property
     def news(self) -> bool:
