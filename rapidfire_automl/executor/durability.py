@@ -2,8 +2,8 @@
 
 At a boundary a trial's whole state is handed to a writer, which works while others train. Its verdict is in the journal
 before it takes effect. After a kill each trial goes on from its newest checkpoint that is whole: what was judged later
-is not judged again, only trained again; what was trained but not judged is judged first. So at most one chunk of each
-trial is done twice.
+is not judged again, only trained again; what was trained but not judged is judged first. A trial's checkpoint is on the
+disk before its next chunk is done, so at most one chunk of each trial, and what had begun of the next, is done twice.
 """
 
 from __future__ import annotations
@@ -103,7 +103,7 @@ class Spent:
         checkpoints: Written.
         written_bytes: Of all of them.
         disk_bytes: Of those that are kept.
-        packing_s: That training has waited while states were copied.
+        packing_s: That training has waited while states were copied, and for the writer where it was behind.
         writing_s: That the writer has taken, beside training.
     """
 
@@ -301,6 +301,7 @@ class Durability:
         if not self._on:
             return
         begin = time.perf_counter()
+        self._writer.catch_up(self._of(arm.number, _CHECKPOINTS))  # else a kill might cost two chunks
         snapshot = take()
         tree = {
             **snapshot.tree,

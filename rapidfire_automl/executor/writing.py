@@ -103,6 +103,7 @@ class Writer:
         self._pending: OrderedDict[Path, _Job] = OrderedDict()
         self._changed = threading.Condition()
         self._busy = self._closing = self._paused = self._hurry = False
+        self._at: Path | None = None
         self._thread: threading.Thread | None = None
 
     @property
@@ -152,6 +153,13 @@ class Writer:
         with self._changed:
             return self._changed.wait_for(lambda: not self._pending and not self._busy, timeout)
 
+    def catch_up(self, place: Path) -> None:
+        """Wait until nothing waits to be written below a folder, or the disk is full: then nobody waits."""
+        with self._changed:
+            self._changed.wait_for(
+                lambda: self._paused or self._closing or (place not in self._pending and place != self._at)
+            )
+
     def drop(self, place: Path) -> None:
         """Forget what waits to be written below a folder."""
         with self._changed:
@@ -180,7 +188,7 @@ class Writer:
         while True:
             with self._changed:
                 self._changed.wait_for(lambda: self._pending or self._closing or self._hurry)
-                hurried = self._hurry
+                hurried, self._busy = self._hurry, True
                 places = sorted(self._pending, key=lambda place: not self._pending[place].matters)
             full = False
             for place in places:
@@ -189,9 +197,9 @@ class Writer:
                 self._paused = False
                 self._tell(Trouble("resumed", places[-1], "there is room on the disk again"))
             with self._changed:
-                if hurried:
-                    self._hurry = False
-                    self._changed.notify_all()
+                self._busy = False
+                self._hurry = self._hurry and not hurried
+                self._changed.notify_all()
                 if self._closing and not self._pending:
                     return
                 if full:
@@ -204,12 +212,12 @@ class Writer:
             job = self._pending.pop(place, None)
             if job is None:
                 return False
-            self._busy = True
+            self._at = place
         full = self._write(job)
         with self._changed:
             if full and not self._closing and place not in self._pending:
                 self._pending[place] = job
-            self._busy = False
+            self._at = None
             self._changed.notify_all()
             lost = full and self._closing
         if lost:
@@ -230,7 +238,9 @@ class Writer:
                 self._tell(Trouble("failed", folder, f"{type(error).__name__}: {error}"))
                 return False
             if not self._paused:
-                self._paused = True
+                with self._changed:
+                    self._paused = True
+                    self._changed.notify_all()
                 self._tell(Trouble("paused", folder, f"the disk is full ({getattr(error, 'strerror', error)})"))
             return True
         self._call(self._on_written, Written(folder, written, time.perf_counter() - start, removed))

@@ -517,7 +517,14 @@ def test_a_snapshot_is_of_the_moment(tmp_path: Path, monkeypatch: pytest.MonkeyP
     writer.submit(tmp_path / "b" / "chunk-0001", snapshot())
     assert writer.pending_bytes == 2 * pack(snapshot()).nbytes
     assert not writer.flush(0.01)
+    caught_up = threading.Thread(target=writer.catch_up, args=(tmp_path / "a",))
+    caught_up.start()
+    caught_up.join(0.1)
+    assert caught_up.is_alive(), "who has a checkpoint that waits, waits for it"
+    writer.catch_up(tmp_path / "c")
     go.set()
+    caught_up.join(30)
+    assert not caught_up.is_alive()
     assert writer.flush(30) and writer.close(30)
     assert [f"{w.folder.parent.name}{chunk_of(w.folder)}" for w in heard.written] == ["a1", "a3", "b1"]
     assert value_of(read(tmp_path / "a" / "chunk-0001")) == 1.0
