@@ -301,7 +301,7 @@ class Durability:
         if not self._on:
             return
         begin = time.perf_counter()
-        self._writer.catch_up(self._of(arm.number, _CHECKPOINTS))  # else a kill might cost two chunks
+        self._writer.catch_up(self._checkpoints(arm.number, arm.attempt))  # else a kill might cost two chunks
         snapshot = take()
         tree = {
             **snapshot.tree,
