@@ -301,8 +301,7 @@ class Durability:
         if not self._on:
             return
         begin = time.perf_counter()
-        folder = chunk_folder(self._checkpoints(arm.number, arm.attempt), arm.trained)
-        self._writer.catch_up(folder.parent)  # else a kill might cost two chunks
+        self._writer.catch_up(self._checkpoints(arm.number, arm.attempt))  # else a kill might cost two chunks
         snapshot = take()
         tree = {
             **snapshot.tree,
@@ -310,6 +309,7 @@ class Durability:
             "data": self._data(arm.number, trainer),
             "trained": arm.trained,
         }
+        folder = chunk_folder(self._checkpoints(arm.number, arm.attempt), arm.trained)
         self._writer.submit(folder, replace(snapshot, tree=tree))
         self._spent.packing_s += time.perf_counter() - begin
 
