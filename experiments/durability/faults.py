@@ -100,7 +100,7 @@ def terminate(case: Case) -> dict[str, Any]:
 
 
 def damage(case: Case) -> dict[str, Any]:
-    """Killed while trials have checkpoints, and the newest truncated, a bit of it flipped, or a pickle planted in it."""
+    """Killed while trials have checkpoints; the newest is truncated, a bit of it flipped, or a pickle planted in it."""
     case.start(f"step=kill@{case.draw.randint(case.steps // 3, case.steps // 2)}").killed()
     newest = max(case.folder.glob("out/trials/*/checkpoints/chunk-*"), key=lambda path: path.name)
     file = newest / "tensors.safetensors"
