@@ -101,8 +101,8 @@ def terminate(case: Case) -> dict[str, Any]:
 
 
 def damage(case: Case) -> dict[str, Any]:
-    """Killed late, and the newest checkpoint truncated, one of its bits flipped, or a pickle planted in it."""
-    case.start(f"step=kill@{case.draw.randint(case.steps // 2, case.steps - 1)}").killed()
+    """Killed while trials have checkpoints; the newest is truncated, a bit of it flipped, or a pickle planted in it."""
+    case.start(f"step=kill@{case.draw.randint(case.steps // 3, case.steps // 2)}").killed()
     newest = max(case.folder.glob("out/trials/*/checkpoints/chunk-*"), key=lambda path: path.name)
     file = newest / "tensors.safetensors"
     content = bytearray(file.read_bytes())

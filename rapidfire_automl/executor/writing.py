@@ -153,11 +153,11 @@ class Writer:
         with self._changed:
             return self._changed.wait_for(lambda: not self._pending and not self._busy, timeout)
 
-    def catch_up(self, place: Path) -> None:
-        """Wait until nothing waits to be written below a folder, or the disk is full: then nobody waits."""
+    def catch_up(self, place: Path, timeout_s: float = 60.0) -> None:
+        """Wait until nothing waits to be written below a folder; not for a disk that is full, or that hangs."""
         with self._changed:
             self._changed.wait_for(
-                lambda: self._paused or self._closing or (place not in self._pending and place != self._at)
+                lambda: self._paused or self._closing or (place not in self._pending and place != self._at), timeout_s
             )
 
     def drop(self, place: Path) -> None:

@@ -42,7 +42,7 @@ KILLS = ["step=kill@11", "checkpoint.renaming=kill@4", "round.reported=kill@2", 
 KILLS += ["trial.asking=kill@3", "trial.asked=kill@4", "objective=kill@1", "trial.ended=kill@2"]
 MORE_KILLS = ["step=kill@3", "checkpoint.writing=kill@2", "checkpoint.renamed=kill@5", "round.judging=kill@3"]
 MORE_KILLS += ["round.judged=kill@1", "trial.asking=kill@1", "trial.asking=kill@6", "trial.asked=kill@5"]
-MORE_KILLS += ["trial.ended=kill@1", "pass.backward=kill@9", "pass.forward=kill@1"]
+MORE_KILLS += ["trial.ended=kill@1", "pass.backward=kill@9", "pass.forward=kill@9"]
 PLACES = ("step", "checkpoint.writing", "checkpoint.renaming", "checkpoint.renamed", "round.reported", "round.judging")
 PLACES += ("round.judged", "trial.asking", "trial.asked", "objective", "trial.ended", "pass.forward", "pass.backward")
 
