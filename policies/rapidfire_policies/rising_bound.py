@@ -111,6 +111,7 @@ class RisingBound(Policy):
             words = f"{value:.4g} can reach {bound:.4g}, the lead is {lead:.4g}"
             return Decision(Verdict.CONTINUE, f"chunk {done}: {words}", numbers)
         words = f"{value:.4g} can reach {bound:.4g} at its pace of {pace:.3g} a chunk"
+        words += f" and {self.errors:g} standard errors" if noise else ""
         return Decision(Verdict.STOP, f"chunk {done}: {words}, and trial {leader.number} has {lead:.4g}", numbers)
 
 

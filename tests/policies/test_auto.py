@@ -61,17 +61,22 @@ def test_the_rule_is_the_formula(with_scores: bool) -> None:
 
 
 def test_what_falls_back_for_a_while_is_spared_and_what_is_noise_too() -> None:
-    steady = [TrialHistory(n, (0.9 + n / 50, 0.6, 0.5, 0.45 + n / 50)) for n in range(6)]
-    falls_back = TrialHistory(6, (0.46, 0.7, 0.7, 0.7))
-    stuck = TrialHistory(7, (0.7, 0.7, 0.7, 0.7))
-    said = Auto().decide(History((*steady, falls_back, stuck), chunks=8))
-    assert {n for n, decision in said.items() if decision.verdict is Verdict.STOP} == {7}
+    good = [TrialHistory(n, (0.9, 0.6, 0.5, 0.4 + n / 50)) for n in range(2)]
+    falls_back = TrialHistory(2, (0.55, 0.65, 0.65, 0.65))
+    stuck = [TrialHistory(n, (0.7 + n / 50,) * 4) for n in range(3, 7)]
+    rule = RisingBound(window=3, keep=1, errors=2.0)
+    history = History((*good, falls_back, *stuck), chunks=8)
+    stops = [{n for n, d in policy.decide(history).items() if d.verdict is Verdict.STOP} for policy in (rule, Auto())]
+    assert stops == [{2, 3, 4, 5, 6}, {3, 4, 5, 6}]
 
-    wrong = np.array([1.0] * 7 + [0.0] * 3)  # .7 against the leader's .5, on ten examples: a standard error of .2
-    right = np.array([1.0] * 3 + [0.0] * 3 + [1.0] * 2 + [0.0] * 2)
-    scored = [TrialHistory(n, t.values, scores=(right,) * 4) for n, t in enumerate(steady)]
-    noisy = TrialHistory(7, stuck.values, scores=(wrong,) * 4)
-    assert Auto().decide(History((*scored, noisy), chunks=8))[7].verdict is Verdict.CONTINUE
+    # .7 and more against the leader's .5 for sure, on ten examples that were all better by .2 or on ones that differ.
+    theirs = np.linspace(0, 1, 10)
+    for mine, stopped in ((theirs + 0.2, {3, 4, 5, 6}), (theirs[::-1] + 0.2, set())):
+        scored = [
+            TrialHistory(t.number, t.values, scores=(theirs if t.number < 2 else mine,) * 4) for t in history.trials
+        ]
+        said = Auto().decide(History(tuple(scored), chunks=8))
+        assert {n for n, decision in said.items() if decision.verdict is Verdict.STOP} == stopped
 
 
 @pytest.mark.parametrize("slots", [8, 32])
