@@ -1,4 +1,4 @@
-"""The closest peer's rule, as a policy that the benchmark can play back."""
+"""Rules that the benchmark plays back and the package does not have: the closest peer's, and the first `Auto`'s."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from statistics import median
 
-from rapidfire_policies import Decision, History, Policy, Verdict
+from rapidfire_policies import Decision, History, Policy, RisingBound, Verdict
 from rapidfire_policies.survivors import is_finite, keep_one
 
 
@@ -34,3 +34,13 @@ class RunningMedian(Policy):
             worse = bool(peers) and trial.resource >= self.min_resource and value > median(peers)
             decisions[trial.number] = Decision(Verdict.STOP if worse else Verdict.CONTINUE)
         return keep_one(history, decisions)
+
+
+@dataclass(frozen=True)
+class FirstAuto(Policy):
+    """What `Auto` was when the first held-out tables were played back: `RisingBound`, set by the search's size."""
+
+    def decide(self, history: History) -> Mapping[int, Decision]:
+        """Judge every running trial."""
+        window = min(3, max(1, round(history.chunks / 7)))
+        return RisingBound(window=window, keep=min(4, max(1, len(history.trials) // 8))).decide(history)

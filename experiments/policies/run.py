@@ -3,8 +3,8 @@
     python experiments/policies/run.py                                   # all of config.toml, minutes
     python experiments/policies/run.py --processes 8
     python experiments/policies/run.py --policies Auto ASHA "Optuna Median" --seeds 5 --out runs/look.json
-    python experiments/policies/run.py --config experiments/policies/heldout_run.toml \
-        --out experiments/policies/heldout.json
+    python experiments/policies/run.py --config experiments/policies/heldout2_run.toml \
+        --out experiments/policies/heldout2.json
 
 A *table* is a recorded sweep (`tables.py`), a *cell* a table and a number of slots, a *setting* a policy or an Optuna
 pruner with its arguments. Each seed draws trials from a table and the order in which they come, the same for every
@@ -17,7 +17,7 @@ speed-up 1 in every draw, so a setting's own interval is that of its difference 
 
 A setting whose policy or argument does not exist is skipped, as is a table whose file is missing; both are listed in
 `results.json` with the reason. `figure.png` and the generated section of policies/README.md follow from it, as
-`heldout.png` and another section follow from `heldout.json`.
+`heldout2.png` and another section follow from `heldout2.json`.
 """
 
 from __future__ import annotations
@@ -399,7 +399,7 @@ def main() -> None:
     for one in (*results["missing_tables"], *results["missing_settings"]):
         print("skipped: " + ": ".join(one.values()))
     print(draw(results, given.out.with_name("figure.png" if given.out.stem == "results" else f"{given.out.stem}.png")))
-    if given.out.resolve() in (HERE / "results.json", HERE / "heldout.json"):
+    if given.out.resolve() in (HERE / "results.json", HERE / "heldout2.json"):
         write_section(README, results)
 
 

@@ -60,15 +60,68 @@ def wrong_order(random: Random) -> Row:
             return {"prompt": f"{a} + {b} =", "chosen": f" {usual[::-1]}", "rejected": f" {usual}"}
 
 
+def remainders(random: Random) -> Row:
+    """A number below 200 modulo one from 2 to 6: "37 % 5 =", " 2"."""
+    a, b = random.randint(0, 199), random.randint(2, 6)
+    return {"prompt": f"{a} % {b} =", "completion": f" {a % b}"}
+
+
+def sequences(random: Random) -> Row:
+    """The next of an arithmetic sequence: "next: 3 7 11 =", " 15"."""
+    first, step = random.randint(0, 29), random.randint(1, 9)
+    return {
+        "prompt": f"next: {first} {first + step} {first + 2 * step} =",
+        "completion": f" {first + 3 * step}",
+    }
+
+
+def sortings(random: Random) -> Row:
+    """Three or four digits in ascending order: "sort: 4 1 3 =", " 1 3 4"."""
+    digits = [str(random.randint(0, 9)) for _ in range(random.randint(3, 4))]
+    return {"prompt": f"sort: {' '.join(digits)} =", "completion": f" {' '.join(sorted(digits))}"}
+
+
+def largest(random: Random) -> Row:
+    """The largest of three or four digits: "largest: 4 1 8 =", " 8"."""
+    digits = [str(random.randint(0, 9)) for _ in range(random.randint(3, 4))]
+    return {"prompt": f"largest: {' '.join(digits)} =", "completion": f" {max(digits)}"}
+
+
+def wrong_pick(random: Random) -> Row:
+    """The largest of three or four digits that are not all the same; the wrong answer is one of the others."""
+    while True:
+        row = largest(random)
+        others = [digit for digit in row["prompt"].split()[1:-1] if f" {digit}" != row["completion"]]
+        if others:
+            return {"prompt": row["prompt"], "chosen": row["completion"], "rejected": f" {random.choice(others)}"}
+
+
+def wrong_sign(random: Random) -> Row:
+    """A number below 30 taken from another; the wrong answer has the other sign: " -6" and " 6"."""
+    a, b = random.sample(range(30), 2)
+    return {"prompt": f"{a} - {b} =", "chosen": f" {a - b}", "rejected": f" {b - a}"}
+
+
+def swapped_digits(random: Random) -> Row:
+    """A sum of two numbers below 100; in the wrong answer its last two digits have changed places."""
+    while True:
+        a, b = random.randint(0, 99), random.randint(0, 99)
+        usual = f"{a + b:02d}"
+        if usual[-1] != usual[-2] and a + b > 9:
+            wrong = f"{usual[:-2]}{usual[-1]}{usual[-2]}"
+            return {"prompt": f"{a} + {b} =", "chosen": f" {usual}", "rejected": f" {wrong}"}
+
+
 def _sum(random: Random) -> Row:
     terms = [random.randint(0, 9) for _ in range(random.randint(2, 3))]
     return {"prompt": f"{' + '.join(map(str, terms))} =", "chosen": f" {sum(terms)}"}
 
 
-MAKERS: Mapping[str, Callable[[Random], Row]] = {
-    made.__name__: made
-    for made in (products, subtractions, backwards, reversals, near_misses, longer_answers, wrong_order)
-}
+_MADE: tuple[Callable[[Random], Row], ...] = (
+    products, subtractions, backwards, reversals, near_misses, longer_answers, wrong_order,
+    remainders, sequences, sortings, largest, wrong_pick, wrong_sign, swapped_digits,
+)  # fmt: skip
+MAKERS: Mapping[str, Callable[[Random], Row]] = {made.__name__: made for made in _MADE}
 
 
 def rows_of(name: str, n: int, seed: int) -> list[Row]:

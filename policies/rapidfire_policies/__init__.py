@@ -17,6 +17,7 @@ from rapidfire_policies.pasha import PASHA
 from rapidfire_policies.patience import Patience
 from rapidfire_policies.rising_bound import RisingBound
 from rapidfire_policies.sequential_halving import SequentialHalving
+from rapidfire_policies.spare import Spare
 from rapidfire_policies.successive_halving import SuccessiveHalving
 from rapidfire_policies.top_two_thompson import TopTwoThompson
 from rapidfire_policies.warm_up import WarmUp
@@ -42,6 +43,7 @@ __all__ = [
     "Policy",
     "RisingBound",
     "SequentialHalving",
+    "Spare",
     "SuccessiveHalving",
     "TopTwoThompson",
     "TrialHistory",

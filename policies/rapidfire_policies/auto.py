@@ -1,4 +1,4 @@
-"""The default: `RisingBound`, set by the search's own size, and a budget if there is one."""
+"""The default: `RisingBound` where it is beyond the noise and `Spare` agrees, and a budget if there is one."""
 
 from __future__ import annotations
 
@@ -9,16 +9,27 @@ from rapidfire_policies._arguments import check_int
 from rapidfire_policies.base import Decision, History, Policy, TrialHistory, Verdict, numbers_of
 from rapidfire_policies.rising_bound import RisingBound
 from rapidfire_policies.rungs import rank_key
+from rapidfire_policies.spare import Spare
 from rapidfire_policies.survivors import is_finite, keep_one
+
+RULE = Spare(RisingBound(window=3, keep=1, errors=2.0), share=1 / 3)
+"""What `Auto` is without a budget; its settings were chosen on recorded curves (`experiments/policies/tune.py`)."""
 
 
 @dataclass(frozen=True)
 class Auto(Policy):
-    """Stop whoever could not catch up even at its recent pace; with a budget, also whoever it can't carry to the end.
+    """Stop who could not catch up even at its recent pace, unless it has been among the best or that may be noise.
 
-    The rule is that of `RisingBound(window, growth=1/3, keep)`, where for `T` chunks and `n` trials seen so far
+    The rule is `Spare(RisingBound(window=3, keep=1, errors=2), share=1/3)`. After chunk `r` of `T`, let `m(k)` be the
+    best of a trial's first `k` values, `w` its last three chunks or a third of `r`, whichever is longer, and `s` the
+    standard error of the mean difference between its last scores and the leader's, example by example, 0 without
+    scores. The trial is stopped if and only if `r > 3`, it does not have the best last value,
 
-        window = min(3, max(1, round(T / 7)))        keep = min(4, max(1, n // 8))
+        m(r) - (T - r) * (m(r - w) - m(r)) / w - 2 * s  >  what the leader has surely reached,
+
+    and `m(r)` is behind the best third of the averages that the others have over the later half of their first `r`
+    chunks. The pace is quick to see who has got stuck, and is wrong of those who fall back for a while; averages of the
+    others are slow, and forgive that.
 
     With a `budget`, let `spent` be the chunks that all trials have done. While `spent` plus what the live trials still
     have to their end exceeds `budget`, the one with the worst last value is stopped, until one is left. A budget that
@@ -34,18 +45,19 @@ class Auto(Policy):
     A live trial whose last value is NaN or infinite is stopped. If the rule would leave no finite trial live or
     complete, the most advanced one goes on (`rapidfire_policies.survivors.keep_one`).
 
-    What breaks it: what breaks `RisingBound`, above all a plateau longer than a third of what the trial has done,
-    before a late drop. A budget that binds ranks by last values, and so breaks where curves cross.
+    What breaks it: a plateau longer than a third of what the trial has done, outside the best third, before a late
+    drop; noisy values without per-example scores, where nothing says how noisy they are. Where scores say so it stops
+    next to nobody. A budget that binds ranks by last values, and so breaks where curves cross.
 
     Why this rule: `experiments/policies` holds it against the others; `policies/README.md` has the table.
 
     >>> from rapidfire_policies import Auto, History, TrialHistory
-    >>> curves = [(0.9, 0.5, 0.4), (0.9, 0.8, 0.6), (0.7, 0.69, 0.68)]
+    >>> curves = [(0.9, 0.6, 0.5, 0.4), (0.9, 0.8, 0.7, 0.6), (0.72, 0.7, 0.69, 0.68)]
     >>> history = History(tuple(TrialHistory(i, curve) for i, curve in enumerate(curves)), chunks=6)
     >>> [str(decision.verdict) for decision in Auto().decide(history).values()]
     ['continue', 'continue', 'stop']
-    >>> Auto(budget=12).decide(history)[1].reason
-    'budget: 9 chunks spent and 6 to come are more than 12; 0.6 is the worst of 2'
+    >>> Auto(budget=14).decide(history)[1].reason
+    'budget: 12 chunks spent and 4 to come are more than 14; 0.6 is the worst of 2'
     """
 
     budget: int | None = None
@@ -56,9 +68,7 @@ class Auto(Policy):
 
     def decide(self, history: History) -> Mapping[int, Decision]:
         """Judge every running trial."""
-        window = min(3, max(1, round(history.chunks / 7)))
-        keep = min(4, max(1, len(history.trials) // 8))
-        decisions = dict(RisingBound(window=window, keep=keep).decide(history))
+        decisions = dict(RULE.decide(history))
         if self.budget is not None:
             decisions.update(self._over_budget(history, decisions))
         return keep_one(history, decisions)

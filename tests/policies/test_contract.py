@@ -31,7 +31,9 @@ from rapidfire_policies import (
     Median,
     Patience,
     Policy,
+    RisingBound,
     SequentialHalving,
+    Spare,
     SuccessiveHalving,
     TopTwoThompson,
     TrialHistory,
@@ -68,6 +70,8 @@ CONFIGURED = [
     Median(grace=2, min_peers=3),
     PASHA(reduction_factor=2, percentile=50),
     Patience(SuccessiveHalving(reduction_factor=2), patience=0),
+    RisingBound(window=1, keep=1, errors=2.0),
+    Spare(Median(average=False), share=0.5),
     WarmUp(Guard(Patience(Median(average=False)))),
     WarmUp(ASHA(reduction_factor=2, form="promote"), chunks=3),
 ]

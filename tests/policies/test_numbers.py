@@ -30,6 +30,7 @@ from rapidfire_policies import (
     Policy,
     RisingBound,
     SequentialHalving,
+    Spare,
     SuccessiveHalving,
     TopTwoThompson,
     TrialHistory,
@@ -84,6 +85,7 @@ def histories(count: int) -> Iterator[History]:
         Median(average=False),
         RisingBound(keep=1),
         RisingBound(window=1, growth=0.0, keep=2),
+        Spare(RisingBound(window=1, growth=0.0, keep=1), share=0.1),
         SequentialHalving(budget=12),
         SuccessiveHalving(),
         WarmUp(ASHA()),
@@ -93,7 +95,7 @@ def histories(count: int) -> Iterator[History]:
 def test_below_its_threshold_a_trial_goes_on_and_above_it_does_not(policy: Policy) -> None:
     """Change the value that was judged, and nothing else."""
     tried = 0
-    for history in histories(200):
+    for history in histories(300):
         for trial in history.live:
             decision = policy.decide(history).get(trial.number)
             if decision is None or decision.verdict is not Verdict.STOP:
@@ -184,6 +186,7 @@ CURVES = tuple(TrialHistory(n, falling(level, 6)) for n, level in enumerate((0.1
         (Guard(), (LINE[0], FLAT), 1, {"flat"}),
         (Guard(patience=1, max_kl=None), (LINE[0], BAD), 1, {"threshold", "best"}),
         (Patience(Median(), patience=0), (TrialHistory(0, (0.2, 0.1)), BAD), 1, {"threshold", "peers"}),
+        (Spare(RisingBound(keep=1)), CURVES, 3, {"bound", "lead", "rival", "threshold"}),
         (WarmUp(ASHA(), chunks=1), LINE, 5, {"rank", "threshold"}),
         (CostAware(ASHA(), unit=0.5), scored(0.1, 0.2, 0.3, 0.4), 3, {"unit", "paid", "rung", "threshold"}),
     ],

@@ -104,7 +104,15 @@ def test_what_diverged_is_stopped_and_earlier_gaps_are_bridged() -> None:
 
 @pytest.mark.parametrize(
     "arguments",
-    [{"window": 0}, {"keep": 0}, {"growth": 1.0}, {"growth": -0.1}, {"growth": "0.3"}, {"window": True}],
+    [
+        {"window": 0},
+        {"keep": 0},
+        {"growth": 1.0},
+        {"growth": -0.1},
+        {"growth": "0.3"},
+        {"window": True},
+        {"errors": -1.0},
+    ],
 )
 def test_bad_arguments(arguments: dict[str, object]) -> None:
     with pytest.raises(ValueError, match=f"`{next(iter(arguments))}` must be"):

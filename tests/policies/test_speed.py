@@ -21,7 +21,7 @@ POLICIES = [
     ASHA(form="promote"),
     Median(average=False),
 ]
-MOST_MS_A_TRIAL = {"CurvePredict": 5.0, "Auto": 5.0}
+MOST_MS_A_TRIAL = {"CurvePredict": 5.0}
 """Where the limit is not 1 ms."""
 CHUNKS = 50
 STATES = (TrialState.RUNNING, TrialState.PAUSED, TrialState.STOPPED, TrialState.COMPLETE)
