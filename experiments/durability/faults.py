@@ -28,9 +28,8 @@ from typing import Any
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE.parents[1]), str(HERE.parents[1] / "policies")]
 
-from rapidfire_automl.journal import read_events  # noqa: E402
-
 from experiments import provenance  # noqa: E402
+from rapidfire_automl.event_log import read_events  # noqa: E402
 from tests.executor import resumable  # noqa: E402
 from tests.executor.forking import Forked  # noqa: E402
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import weakref
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -10,7 +11,7 @@ from peft import PeftModel
 from torch import nn
 from transformers import PreTrainedModel
 
-from rapidfire_automl.executor import seams
+from rapidfire_automl.executor import overflow, seams
 from rapidfire_automl.executor.adapters import AdapterBank
 from rapidfire_automl.executor.arm import Arm
 from rapidfire_automl.executor.passes import Multiplexer
@@ -51,7 +52,7 @@ class Base:
         tensors = [*model.named_parameters(), *model.named_buffers()]
         self._watched = [(name, t, t.detach(), t._version) for name, t in tensors]
         if not self._why_unfused:
-            self._why_unfused = seams.self_check(self.multiplexer, self.bank, model)
+            self._why_unfused = self._differs(seams.self_check)
             if self._why_unfused:
                 self.notes.append(
                     f"the joint pass does not agree with this base ({self._why_unfused}): trials run unfused"
@@ -63,11 +64,21 @@ class Base:
     def rollouts_agree(self) -> bool:
         """Whether trials can roll out together here; checked once, since only some trainers roll out."""
         if self._rollouts_agree is None:
-            why = self._why_unfused or seams.check_rollouts(self.multiplexer, self.bank, self.model)
+            why = self._why_unfused or self._differs(seams.check_rollouts)
             self._rollouts_agree = not why
             if why and not self._why_unfused:
                 self.notes.append(f"joint rollouts do not agree with this base ({why}): each trial decodes by itself")
         return self._rollouts_agree
+
+    def _differs(self, check: Callable[[Multiplexer, AdapterBank, PreTrainedModel], str], *, last: bool = False) -> str:
+        """How the joint pass differs from this base; memory that ran out says nothing of that, and is tried again."""
+        try:
+            return check(self.multiplexer, self.bank, self.model)
+        except Exception as error:
+            if last or not seams.is_out_of_memory(error):
+                return f"{type(error).__name__}: {error}"
+        overflow.free_memory()
+        return self._differs(check, last=True)
 
     def clone(self) -> PreTrainedModel:
         """A trial's own modules over the same tensors."""

@@ -42,7 +42,11 @@ def is_half(hidden: Tensor) -> bool:
 
 
 def self_check(multiplexer: Any, bank: Any, model: PreTrainedModel) -> str:
-    """Run a random adapter through the joint pass and through PEFT's own forward; returns how they differ."""
+    """Run a random adapter through the joint pass and through PEFT's own forward; returns how they differ.
+
+    Raises:
+        Exception: Whatever the base, or the pass, raises.
+    """
     from rapidfire_automl.executor.context import generators_of_its_own
 
     with generators_of_its_own(0):
@@ -73,8 +77,6 @@ def self_check(multiplexer: Any, bank: Any, model: PreTrainedModel) -> str:
                 theirs = own_scores[:, :-1].gather(2, ids[:, 1:, None])[..., 0]
                 if float((scores - theirs).abs().max()) > (1.0 if is_half(got) else 1e-2):
                     multiplexer.head = None
-        except Exception as error:
-            return f"{type(error).__name__}: {error}"
         finally:
             _part(probe, bank)
         wrong = float((got - expected).norm() / effect)
@@ -96,7 +98,11 @@ def _part(probe: Probe, bank: Any) -> None:
 
 
 def check_rollouts(multiplexer: Any, bank: Any, model: PreTrainedModel) -> str:
-    """Decode three tokens with a random adapter, and compare with one pass over all; returns how they differ."""
+    """Decode three tokens with a random adapter, and compare with one pass over all; returns how they differ.
+
+    Raises:
+        Exception: Whatever the base, or the decoding, raises.
+    """
     from rapidfire_automl.executor.context import generators_of_its_own
     from rapidfire_automl.executor.rollouts import Decoding
 
@@ -138,8 +144,6 @@ def check_rollouts(multiplexer: Any, bank: Any, model: PreTrainedModel) -> str:
             expected = own(input_ids=whole, **inputs).logits[:, -1].float()
             with own.disable_adapter():
                 effect = (own(input_ids=whole, **inputs).logits[:, -1].float() - expected).norm()
-        except Exception as error:
-            return f"{type(error).__name__}: {error}"
         finally:
             _part(probe, bank)
         wrong = float((got - expected).norm() / effect)
