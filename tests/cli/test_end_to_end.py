@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -84,8 +85,8 @@ def command(folder: Path, trainer: str, *words: str, epochs: int = 2) -> list[st
     ]  # fmt: skip
 
 
-@pytest.mark.parametrize("trainer", ["sft", "dpo"])
-def test_search(folder: Path, trainer: str) -> None:
+def searched(folder: Path, trainer: str) -> tuple[list[str], dict[str, Any]]:
+    """Search, and look at all that comes of it; the command, and the summary."""
     words = command(folder, trainer, "--json")
     done = subprocess.run(words, capture_output=True, text=True, env=ENVIRONMENT, cwd=folder, check=False)
     assert done.returncode == 0, done.stderr
@@ -105,8 +106,15 @@ def test_search(folder: Path, trainer: str) -> None:
 
     model = AutoModelForCausalLM.from_pretrained(folder / "base")
     assert PeftModel.from_pretrained(model, summary["best_adapter"]).peft_config["default"].r in (2, 4)
+    return words, summary
 
-    # The same file again is the same search; killed in the middle and run again, too.
+
+def test_a_search_of_preferences(folder: Path) -> None:
+    searched(folder, "dpo")
+
+
+def test_a_search_that_is_killed_in_the_middle_and_run_again_is_the_same(folder: Path) -> None:
+    words, summary = searched(folder, "sft")
     elsewhere = [*words, "--out", str(folder / "again")]
     kill = {**ENVIRONMENT, "RAPIDFIRE_FAILPOINTS": "round.judged=kill@3"}
     killed = subprocess.run(elsewhere, capture_output=True, text=True, env=kill, cwd=folder, check=False)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import os
 import random
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -239,8 +240,24 @@ OTHERS: Mapping[str, tuple[Spec, tuple[int, ...]]] = {
 }
 
 
+RARE = (
+    ()
+    if os.environ.get("RAPIDFIRE_FAULTS")
+    else (
+        "Adafactor, grouped by length",
+        "packing, SGD with momentum",
+        "evaluated and logged by epoch",
+        "a sampler that draws from the global generator",
+        "DPO, reference computed before",
+    )
+)
+"""Cases that only `make test-faults` tries."""
+
+
 def some_slow(cases: Mapping[str, Any], fast: str) -> list[Any]:
-    return [pytest.param(name, marks=() if name == fast else pytest.mark.slow) for name in cases]
+    marks = {fast: [pytest.mark.faults]}
+    slow = [pytest.mark.slow, pytest.mark.faults]
+    return [pytest.param(name, marks=marks.get(name, slow)) for name in cases if name not in RARE]
 
 
 @pytest.mark.parametrize("name", some_slow(SFT, "dropout, fused AdamW, cosine"))

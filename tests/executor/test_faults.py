@@ -155,9 +155,9 @@ def _journal_on_a_full_disk(folder: str) -> list[str]:
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     journal = Journal(Path(folder))
     resource.setrlimit(resource.RLIMIT_FSIZE, (110, hard))
-    said = [journal.write("asked", trial=number) for number in range(6)]
+    said = [journal.write("asked", trial=number).waits for number in range(6)]
     resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-    said.append(journal.write("over"))
+    said.append(journal.write("over").waits)
     journal.close()
     return said
 

@@ -185,8 +185,10 @@ def test_stop_from_another_thread() -> None:
     assert no_thread_is_left()
 
 
-def test_ctrl_c_in_a_cell_leaves_an_executor_that_works() -> None:
+def test_ctrl_c_in_a_cell_leaves_an_executor_that_works(request: pytest.FixtureRequest) -> None:
     """Without `with`, as in a notebook: Python's own handler raises in the main thread."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
+    request.addfinalizer(lambda: signal.signal(signal.SIGINT, before))
     study = study_of(LRS[:4])
     executor = make_executor(slots=2)
     # Long trials: the main thread looks up from its wait five times a second.

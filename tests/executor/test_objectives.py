@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -31,13 +32,19 @@ def run(lrs: tuple[float, ...] = LRS[:4], policy: Any = None, directions: Any = 
     return search(lrs, study=study_of(lrs, policy, directions=directions, **pruner), **given)
 
 
+@cache
+def single() -> Done:
+    """The search of one objective."""
+    return search(LRS[:6], slots=6)
+
+
 @pytest.mark.parametrize("threads", [False, True])
 def test_a_policy_prunes_by_fronts_and_the_study_gets_the_vectors(threads: bool) -> None:
     done = run(LRS[:6], ASHA(reduction_factor=2), threads=threads, slots=6)
     assert done.states().count("PRUNED") >= 3
     assert done.states().count("COMPLETE") >= 1
     records = done.executor.records
-    one = search(LRS[:6], slots=6)
+    one = single()
     for trial in done.study.trials:
         record = records[trial.number]
         assert len(record.vectors) == len(record.values) == len(record.boundaries[: len(record.values)])

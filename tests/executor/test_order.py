@@ -73,9 +73,8 @@ def expected() -> dict[float, tuple[list[tuple[int, str]], str]]:
 
 
 @pytest.mark.parametrize("threads", [False, True])
-@pytest.mark.parametrize("seed", [1, 2])
-def test_verdicts_do_not_depend_on_the_order_of_the_trials(seed: int, threads: bool, expected: Any) -> None:
-    assert story(permuted(seed, threads=threads)) == expected
+def test_verdicts_do_not_depend_on_the_order_of_the_trials(threads: bool, expected: Any) -> None:
+    assert story(permuted(1, threads=threads)) == expected
 
 
 @pytest.mark.parametrize("threads", [False, True])
@@ -86,10 +85,10 @@ def test_verdicts_do_not_depend_on_delays(threads: bool, expected: Any) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("threads", [False, True])
-def test_twenty_orders_and_delays_give_the_same_verdicts(threads: bool, expected: Any) -> None:
+def test_eight_orders_and_delays_give_the_same_verdicts(threads: bool, expected: Any) -> None:
     """All by one executor, one study after the other."""
     with make_executor(slots=len(CONFIGURATIONS)) as executor:
-        for seed in range(20):
+        for seed in range(8):
             objective = delayed(seed)(executor)
             study = study_of(random.Random(seed).sample(CONFIGURATIONS, len(CONFIGURATIONS)), ASHA2)
             if threads:

@@ -173,13 +173,10 @@ def test_freed_slots_are_filled_in_the_next_round(threads: bool) -> None:
     policy = Scripted({(0, 1): "stop"})
     done = search(LRS[:4], policy, slots=2, threads=threads)
     assert done.states() == ["PRUNED", "COMPLETE", "COMPLETE", "COMPLETE"]
-    resources = [[trial.resource for trial in history.trials] for history in policy.seen]
-    assert resources[0] == [1, 1]
-    assert resources[1] == [1, 2, 1]
-    assert [[str(trial.state) for trial in history.trials] for history in policy.seen[:2]] == [
-        ["running", "running"],
-        ["stopped", "running", "running"],
-    ]
+    # Which of Optuna's threads comes first is the machine's affair: in no order.
+    seen = [sorted((trial.resource, str(trial.state)) for trial in history.trials) for history in policy.seen[:2]]
+    assert seen[0] == [(1, "running"), (1, "running")]
+    assert seen[1] == [(1, "running"), (1, "stopped"), (2, "running")]
 
 
 @pytest.mark.parametrize("direction", ["minimize", "maximize"])
