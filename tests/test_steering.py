@@ -224,7 +224,7 @@ def paused_and_cloned(search: subprocess.Popen[str], folder: Path, run_dir: Path
     """Pause, clone, halve the learning rate, warm-start; through the run folder and through the study."""
     code, words = say(folder, "pause", "0", *FOLDER)
     assert code == 0, words
-    assert "run folder: runs/search\nsent: pause 0\napplied: paused, at step" in words
+    assert "run folder: runs/search\nsent: pause 0\napplied: paused, at " in words
     code, words = say(folder, "clone", "0", "--set", "learning_rate=/2", "--warm-start", *STUDY)
     assert code == 0, words
     assert "applied: trial 1 is next in line for a slot" in words

@@ -410,12 +410,13 @@ def test_a_search_that_optuna_drives_is_steered_alike() -> None:
     done, at = steer(
         lambda at: at.when("step", 0, lambda e: [e.clone(0, set={"lr": 1e-4}), e.stop(0)], step=1),
         LRS[:2],
-        n_trials=3,
+        n_trials=5,
         slots=1,
         threads=True,
     )
-    assert done.states() == ["PRUNED", "COMPLETE", "COMPLETE"]
-    assert [trial.params["lr"] for trial in done.study.trials] == [*LRS[:2], 1e-4]
+    # Optuna's threads may have asked for others before the clone was queued.
+    assert done.states() == ["PRUNED", *["COMPLETE"] * 4]
+    assert [trial.params["lr"] for trial in done.study.trials].count(1e-4) == 1
     assert "it is one of `n_trials`" in texts(at)[0]
     assert len(done.losses(0)) == 1, "it does not wait for the chunk's end"
 

@@ -153,5 +153,7 @@ def test_the_server_is_away_while_two_workers_are_at_work(server: postgres.Serve
     assert [(trial["state"], trial["attempt"]) for trial in found.values()] == [("COMPLETE", 1)] * 4
     assert len({trial["worker"] for trial in found.values()}) == 2
     counted_once(*workers)
-    assert all(worker.of_kind("storage_back") for worker in workers)
+    assert any(worker.of_kind("storage_back") for worker in workers), (
+        "who asked it nothing meanwhile has nothing to say"
+    )
     assert "a-secret" not in "".join(worker.out + worker.err for worker in workers)
