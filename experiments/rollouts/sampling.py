@@ -30,7 +30,7 @@ class StackSampler:
     def __init__(self, parts: Mapping[str, Sequence[Callable[..., Any]]], interval_s: float = 0.002) -> None:
         self._parts = {function.__code__: name for name, functions in parts.items() for function in functions}
         self._interval_s = interval_s
-        self._seconds: Counter[str] = Counter()
+        self._seconds: Counter[str] = Counter(dict.fromkeys((*parts, "host"), 0.0))
         self._inside: Counter[str] = Counter()
         self._lines: Counter[str] = Counter()
         self._looks = 0
@@ -47,9 +47,9 @@ class StackSampler:
         """Stop.
 
         Returns:
-            `parts_s`: seconds by part, the rest as "host". `inside_s`: of the host's, by function, with what it calls.
-            `lines_s`: of the host's, by the line that is at work, kernels it calls included. Both without what nearly
-            all of the host's time passes through.
+            `parts_s`: seconds by part (0 where no look fell), the rest as "host". `inside_s`: of the host's, by
+            function, with what it calls. `lines_s`: of the host's, by the line that is at work, kernels it calls
+            included. Both without what nearly all of the host's time passes through.
         """
         self._stop.set()
         self._thread.join()

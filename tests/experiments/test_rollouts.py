@@ -172,7 +172,8 @@ def test_end_to_end(tmp_path: Path) -> None:
             assert roofline[way]["over"] == pytest.approx(roofline[way]["token_s"] / bound_s)
     profile = results["profile"]["toy"]
     assert (profile["trials"], profile["generations"]) == (3, 4)
-    assert {"host", "decode and choose", "backward"} <= set(profile["parts_s"])
+    assert set(profile["parts_s"]) == {"prefill", "decode and choose", "forward and head", "backward", "host"}
+    assert profile["parts_s"]["host"] > 0  # the toy's kernels are shorter than the time between two looks
     assert any("GRPOTrainer" in where for where in profile["inside_s"])
     assert (tmp_path / "figure.png").stat().st_size > 10_000
     table = rows(results, "toy")
