@@ -1,4 +1,4 @@
-"""Which errors of a storage will pass: a server that restarts, a lock that is held, a network that is down.
+"""Which errors of a storage will pass: a server that restarts, a lock that is held, a full disk.
 
 Optuna wraps what SQLAlchemy raises, SQLAlchemy what the driver raises. Whatever is not known to pass is not waited for.
 """
@@ -15,6 +15,8 @@ from collections.abc import Callable
 from typing import Any
 
 import optuna
+
+from rapidfire_automl.disk import is_full
 
 _FOR_GOOD = (
     "no such table",
@@ -34,7 +36,7 @@ def is_away(error: BaseException) -> bool:
     """Whether an error means that the storage can't be reached now, and may be again."""
     cause = _cause(error)
     if isinstance(cause, OSError):
-        return cause.errno in _PASSING_ERRNOS
+        return cause.errno in _PASSING_ERRNOS or is_full(cause)
     try:
         from sqlalchemy import exc
     except ImportError:

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import json
+import os
 import time
 import warnings
+from io import RawIOBase
 from pathlib import Path
 from typing import Any
 
 import optuna
 from optuna.storages import BaseStorage, RDBStorage, RetryHeartbeatStaleTrialCallback
+from optuna.storages.journal import JournalFileBackend, JournalFileSymlinkLock
 
 from rapidfire_automl.errors_of_storages import hanging_up, reason_of, redacted, watch
 from rapidfire_automl.patience import PATIENCE_S, PatientStorage
@@ -83,14 +87,57 @@ def open_storage(
 
 
 def _journal(url: str) -> BaseStorage:
-    from optuna.storages.journal import JournalFileBackend
-
     path = Path(url.removeprefix(JOURNAL))
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        return optuna.storages.JournalStorage(JournalFileBackend(str(path)))
+        return optuna.storages.JournalStorage(_WholeLines(str(path)))
     except (OSError, ValueError) as error:
         raise StorageError(f"{shown(url)} cannot be opened: {reason_of(error)}.") from None
+
+
+class _WholeLines(JournalFileBackend):
+    """Optuna's journal file, in which a full disk or a killed process leaves no half line.
+
+    Optuna itself reads over half a line at the end, and nothing more once another is put behind it.
+    """
+
+    def __init__(self, path: str) -> None:
+        self._path, self._turn = path, JournalFileSymlinkLock(path)
+        super().__init__(path, self._turn)
+
+    def append_logs(self, logs: list[dict[str, Any]]) -> None:
+        """Append entries, all or none; see `JournalFileBackend`."""
+        lines = "".join(json.dumps(log, separators=(",", ":")) + "\n" for log in logs).encode()
+        self._turn.acquire()
+        try:
+            with Path(self._path).open("rb+", buffering=0) as file:
+                end = _cut_half_line(file)
+                try:
+                    file.seek(end)
+                    while lines:
+                        lines = lines[file.write(lines) :]
+                    os.fsync(file.fileno())
+                except BaseException:
+                    file.truncate(end)
+                    raise
+        finally:
+            self._turn.release()
+
+
+def _cut_half_line(file: RawIOBase) -> int:
+    """Remove what stands behind a file's last line break; returns how long it is then."""
+    end = size = file.seek(0, os.SEEK_END)
+    while end:
+        begin = max(0, end - 4096)
+        file.seek(begin)
+        found = (file.read(end - begin) or b"").rfind(b"\n")
+        if found >= 0:
+            end = begin + found + 1
+            break
+        end = begin
+    if end < size:
+        file.truncate(end)
+    return end
 
 
 def _database(url: str, heartbeat_s: int | None, grace_s: int | None) -> RDBStorage:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import resource
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,7 @@ from rapidfire_automl import attempts
 from rapidfire_automl.errors_of_storages import is_away, reason_of, redacted
 from rapidfire_automl.patience import PatientStorage, StorageAway
 from rapidfire_automl.storages import StorageError, open_storage, shown
+from tests.executor.forking import Forked
 
 SECRETS = [
     "postgresql+psycopg://me:s3cret@host:5432/db",
@@ -54,6 +57,39 @@ def test_a_journal_file_has_no_heartbeat(tmp_path: Path) -> None:
     study = optuna.create_study(storage=open_storage(str(tmp_path / "study.log")))
     study.tell(study.ask(), 1.0)
     assert (tmp_path / "study.log").stat().st_size > 0
+
+
+def _tells(path: str, trials: int, limit_bytes: int = 0) -> None:
+    """Tell of trials in a journal file; with a limit on files, which is lifted after a while."""
+    study = optuna.create_study(storage=open_storage(path), study_name="it", load_if_exists=True)
+    if limit_bytes:
+        hard = resource.getrlimit(resource.RLIMIT_FSIZE)[1]
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit_bytes, hard))
+        lift = threading.Timer(1.0, resource.setrlimit, (resource.RLIMIT_FSIZE, (hard, hard)))
+        lift.start()
+    for number in range(trials):
+        study.tell(study.ask(), float(number))
+
+
+@pytest.mark.parametrize("limit_bytes", [2000, 2001, 2100])
+def test_a_journal_file_waits_for_room(tmp_path: Path, limit_bytes: int) -> None:
+    """Half of a line is on the disk when it is full: it is taken back, and nothing is told twice."""
+    path = str(tmp_path / "study.log")
+    Forked(_tells, path, 30, limit_bytes).result()
+    trials = optuna.load_study(storage=open_storage(path), study_name="it").trials
+    assert [trial.values for trial in trials] == [[float(number)] for number in range(30)]
+
+
+@pytest.mark.parametrize("left", [b"{", b'{"op_code":4,"worker_id":"' + b"x" * 5000])
+def test_a_journal_file_survives_half_a_line(tmp_path: Path, left: bytes) -> None:
+    """Of a process that was killed as it wrote."""
+    path = tmp_path / "study.log"
+    _tells(str(path), 2)
+    with path.open("ab") as file:
+        file.write(left)
+    _tells(str(path), 2)
+    study = optuna.load_study(storage=open_storage(str(path)), study_name="it")
+    assert [trial.values for trial in study.trials] == [[0.0], [1.0], [0.0], [1.0]]
 
 
 def broken() -> Exception:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import resource
 import shutil
@@ -121,8 +122,11 @@ def test_a_disk_of_one_megabyte(undisturbed: dict[str, Any], small_disk: Path) -
 
 @pytest.mark.skipif(not ALL, reason="`make test-faults` runs it")
 def test_a_disk_that_is_full_and_gets_room(undisturbed: dict[str, Any], small_disk: Path) -> None:
-    """Filled to the last byte in the middle of the search, and emptied: nothing is lost, checkpoints are written again."""
-    study = f"sqlite:///{small_disk.parent / 'study.db'}"  # Optuna's commits can't wait
+    """Filled to the last byte in the middle of the search, and emptied: nothing is lost, checkpoints are written again.
+
+    The study lies on it, too: Optuna's commits are tried until there is room.
+    """
+    study = f"sqlite:///{small_disk / 'study.db'}"
     process = Forked(resumable.run, small_disk / "out", study, **{**WIDE, "chunks": 6})
     process.until(
         lambda: (
@@ -131,19 +135,20 @@ def test_a_disk_that_is_full_and_gets_room(undisturbed: dict[str, Any], small_di
         )
     )
     ballast = small_disk / "ballast"
-    try:
-        with ballast.open("wb", buffering=0) as file:
-            while file.write(b"x" * 512):
-                pass
-    except OSError:
-        pass
-    time.sleep(1.0)
+    end = time.monotonic() + 5.0
+    with ballast.open("wb", buffering=0) as file:
+        while time.monotonic() < end:  # whatever becomes free is taken at once
+            with contextlib.suppress(OSError):
+                while file.write(b"x" * 512):
+                    pass
+            time.sleep(0.01)
     subprocess.run(["mount", "-o", "remount,size=16m", str(small_disk)], check=True)
     ballast.unlink()
     found = process.result()
     assert {trial["state"] for trial in found["trials"].values()} == {"COMPLETE"}
     resumed = len(found["events"]) - 1 - found["events"][::-1].index("writing_resumed")
     assert "checkpoint" in found["events"][resumed:]
+    assert found["events"].index("storage_away") < found["events"].index("storage_back")
     log = read_events(small_disk / "out")
     assert [line.event.kind for line in log.lines].count("chunk_done") == found["trained"]
     assert not log.damaged
