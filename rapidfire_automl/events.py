@@ -41,6 +41,7 @@ class Event:
     - `elsewhere`: `of` (a trial), `worker` (who has it), `state`, `chunk`, `value`, `params`. How another worker's
       trial fares, as the study tells.
     - `trial_orphaned`: `of`, `worker`. A worker has gone, or been silent for too long; its trial is there to be taken.
+    - `trial_given_up`: `of`, `reason`. Too many workers have died with a trial; it has failed.
     - `trial_lost`: `worker`. This worker was silent for too long; that one has the trial now, and what this one said
       of it since does not count.
     - `storage_away`: `seconds` so far, `reason`; `storage_back`: `seconds`. The study can't be reached, and can again.

@@ -145,6 +145,8 @@ class Search:
             self._status = None if self._workers else str(event.data.get("status"))
         elif event.kind == "command" and event.trial is None and event.data.get("verb") == "cancel":
             self.cancel = event
+        elif event.kind == "trial_given_up" and (number := event.data.get("of")) in self.stories:
+            self.stories[number].end({**event.data, "state": "failed"})
         elif event.trial is not None:
             self.stories.setdefault(event.trial, Story(event.trial)).take(event, line.worker)
 
@@ -215,9 +217,13 @@ class Story:
         ):
             self.command, self.state = event, _STATES_AFTER[data["verb"]] or self.state
         elif event.kind == "trial_ended":
-            self.state, self.adapter = str(data.get("state")), str(data.get("adapter") or "")
-            lines = str(data.get("reason") or "").strip().splitlines()
-            self.reason = lines[-1].rstrip(".") if lines else ""
+            self.end(data)
+
+    def end(self, data: Mapping[str, Any]) -> None:
+        """It has ended."""
+        self.state, self.adapter = str(data.get("state")), str(data.get("adapter") or "")
+        lines = str(data.get("reason") or "").strip().splitlines()
+        self.reason = lines[-1].rstrip(".") if lines else ""
 
     def tell(self, search: Search) -> str:
         """The sentences."""

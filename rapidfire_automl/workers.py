@@ -30,6 +30,10 @@ WORKER_ATTR = "rapidfire:worker"
 """The trial attribute that says who has it."""
 LEDGER_ATTR = "rapidfire:ledger"
 """The trial attribute that holds what was decided of it."""
+LEFT_ATTR = "rapidfire:left"
+"""The trial attribute that holds Optuna's number of the attempt that its worker has left to others, alive and well."""
+MOST_DEATHS = 5
+"""A trial is given up when so many attempts in a row have died before they had a further chunk done."""
 CANCELLED_ATTR = "rapidfire:cancelled"
 """The study attribute that says why nobody works on it any more."""
 
@@ -214,6 +218,66 @@ def reap(study: optuna.Study, mine: Container[int]) -> list[int]:
     return found
 
 
+def give_up(study: optuna.Study, mine: Container[int]) -> dict[int, str]:
+    """Fail trials that have cost worker after worker their lives: else they would do so for ever.
+
+    Whoever trained beside such a trial has died with it, and is innocent as long as it gets on in between.
+
+    Args:
+        study: The study.
+        mine: Trial ids of this worker's own.
+
+    Returns:
+        Why, by the trials' numbers.
+    """
+    trials = attempts.counted(study.get_trials(deepcopy=False))
+    suspects = {trial.number: trial for trial in trials if len(attempts.history_of(trial)) >= MOST_DEATHS - 1}
+    storage: Any = study._storage
+    silent = set(storage._get_stale_trial_ids(study._study_id)) if suspects else set()
+    by_number = {trial.number: trial for trial in trials}
+    found = {}
+    for trial in suspects.values():
+        dead = trial._trial_id in silent or is_gone(trial.user_attrs.get(WORKER_ATTR))
+        if trial.state is not OptunaState.RUNNING or trial._trial_id in mine or not dead:
+            continue
+        if deaths(trial, by_number) < MOST_DEATHS:
+            continue
+        number = attempts.number_of(trial)
+        why = (
+            f"given up: its workers died in {MOST_DEATHS} attempts in a row before a further chunk was done; add it "
+            "again if it was not to blame"
+        )
+        entry = {"trial": number, "outcome": "failed", "vector": [], "reason": why, "adapter": None}
+        page = {**(trial.user_attrs.get(LEDGER_ATTR) or {}), "ended": entry}
+        with contextlib.suppress(optuna.exceptions.UpdateFinishedTrialError):
+            storage.set_trial_user_attr(trial._trial_id, "rapidfire:error", why)
+            storage.set_trial_user_attr(trial._trial_id, LEDGER_ATTR, page)
+            if storage.set_trial_state_values(trial._trial_id, state=OptunaState.FAIL):
+                found[number] = why
+    return found
+
+
+def deaths(trial: FrozenTrial, by_number: Mapping[int, FrozenTrial]) -> int:
+    """How many attempts in a row, a dead one the last of them, have died before they had a further chunk done.
+
+    Args:
+        trial: The last attempt.
+        by_number: All attempts, by Optuna's numbers.
+    """
+    chain = [by_number[number] for number in attempts.history_of(trial) if number in by_number] + [trial]
+    count = 0
+    for before, after in zip([None, *chain[:-1]], chain, strict=True):
+        if after.user_attrs.get(LEFT_ATTR) == after.number:
+            continue
+        got_on = _chunks(after) > (0 if before is None else _chunks(before))
+        count = 0 if got_on else count + 1
+    return count
+
+
+def _chunks(trial: FrozenTrial) -> int:
+    return len(trial.user_attrs.get(attempts.VECTORS_ATTR) or trial.intermediate_values)
+
+
 def ended(trial: FrozenTrial) -> dict[str, Any] | None:
     """How a trial has ended, where that was decided; one whose worker has died has no such entry."""
     told = trial.user_attrs.get(LEDGER_ATTR)
@@ -224,4 +288,5 @@ def ended(trial: FrozenTrial) -> dict[str, Any] | None:
 def hand_back(study: optuna.Study, trial: optuna.Trial) -> None:
     """Leave a trial to others at once."""
     with contextlib.suppress(optuna.exceptions.UpdateFinishedTrialError):
+        trial.set_user_attr(LEFT_ATTR, trial.number)
         attempts.retry(study, study._storage.get_trial(trial._trial_id))

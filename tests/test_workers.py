@@ -107,6 +107,35 @@ def test_the_dead_and_the_orphaned_are_found_and_those_that_have_ended_are_not(s
     ]
 
 
+def test_a_trial_that_kills_worker_after_worker_is_given_up(study: optuna.Study) -> None:
+    """One that gets on in between is not, nor is one that was left to others alive; each died as often."""
+    worker, gone = workers.Worker.here(), Forked(int)
+    gone.wait()
+    workers.fill(study, 3)
+    for attempt in range(workers.MOST_DEATHS):
+        assert workers.give_up(study, ()) == {}
+        workers.reap(study, ())
+        for waiting in workers.claimable(study):
+            trial = workers.claim(study, waiting, worker)
+            assert trial is not None
+            number = attempts.number_of(trial)
+            if number == 1 and attempt == 2:
+                trial.report(0.5, step=1)
+            trial.set_user_attr(workers.WORKER_ATTR, {**worker.to_json(), "pid": gone.pid})
+            if number == 2 and attempt == 2:
+                workers.hand_back(study, trial)
+    mine = {one._trial_id for one in study.trials}
+    assert workers.give_up(study, mine) == {}
+    given_up = workers.give_up(study, ())
+    assert list(given_up) == [0]
+    assert workers.give_up(study, ()) == {}
+    assert sorted(workers.reap(study, ())) == [1, 2]
+    last = attempts.last_attempts(study)
+    assert [last[number].state.name for number in range(3)] == ["FAIL", "WAITING", "WAITING"]
+    assert last[0].user_attrs["rapidfire:error"] == given_up[0]
+    assert (workers.ended(last[0]) or {})["reason"] == given_up[0]
+
+
 def test_a_storage_without_a_heartbeat_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"open it with `rapidfire_automl\.open_storage"):
         workers.rhythm(study_in(str(tmp_path / "study.db"), heartbeat_s=None))
@@ -129,16 +158,19 @@ def test_the_events_of_several_workers_make_one_story(tmp_path: Path) -> None:
         ("b", 7, "trial_ended", 0, {"state": "complete", "value": 2.0, "reason": "trained to the end"}),
         ("a", 8, "verdict", 0, {"verdict": "stop", "reason": "too late"}),
         ("a", 9, "search_ended", None, {"status": "complete"}),
+        ("b", 10, "trial_started", 1, {"params": {}}),
+        ("a", 11, "trial_given_up", None, {"of": 1, "reason": "given up: its workers died"}),
     ]
     for worker, at, kind, trial, data in told:
         folder = tmp_path / "workers" / worker
         folder.mkdir(parents=True, exist_ok=True)
-        line = {"seq": at, "time": f"2026-01-01T00:00:0{at}+00:00", "kind": kind, "trial": trial, "data": data}
+        line = {"seq": at, "time": f"2026-01-01T00:00:{at:02}+00:00", "kind": kind, "trial": trial, "data": data}
         with (folder / "events.jsonl").open("a") as file:
             file.write(json.dumps(line) + "\n")
     assert [line.worker for line in read_events(tmp_path).lines] == [worker for worker, *_ in told]
     story = why(0, tmp_path)
     assert "is complete" in story and "attempt 2" in story
+    assert why(1, tmp_path).startswith("Trial 1 failed before its first chunk was done: given up: its workers died.")
 
 
 def test_the_table_shows_who_has_which_trial() -> None:

@@ -20,7 +20,7 @@ _VERDICT_STYLE = {"continue": "green", "pause": "yellow", "stop": "red", "comple
 _STATE_STYLE = {"running": "cyan", "paused": "yellow", "complete": "bold green", "failed": "red"}
 """Of the others: dim."""
 _STATE_NAME = {"pruned": "stopped"}
-_OF_WORKERS = ("elsewhere", "storage_away", "storage_back", "trial_orphaned", "trial_lost")
+_OF_WORKERS = ("elsewhere", "storage_away", "storage_back", "trial_orphaned", "trial_given_up", "trial_lost")
 _COSTS = ("generated", "trained", "seconds")
 _EIGHTHS = " ▏▎▍▌▋▊▉"
 

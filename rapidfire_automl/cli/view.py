@@ -91,6 +91,8 @@ class SearchView:
             self.warnings.append(f"The study's storage is back after {event.data['seconds']:.0f} s.")
         elif event.kind == "trial_orphaned":
             self.warnings.append(f"Trial {event.data['of']} is left behind by {event.data['worker'] or 'its worker'}.")
+        elif event.kind == "trial_given_up":
+            self.warnings.append(f"Trial {event.data['of']} was {event.data['reason']}.")
         elif event.kind == "checkpoint":
             self.disk_bytes = event.data.get("disk_bytes", 0)
         elif event.kind in ("writing_paused", "writing_resumed"):

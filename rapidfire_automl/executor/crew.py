@@ -15,9 +15,9 @@ from optuna.trial import FrozenTrial
 from optuna.trial import TrialState as OptunaState
 
 from rapidfire_automl import attempts, failpoints, sheets, workers
+from rapidfire_automl.attempts import VECTORS_ATTR
 from rapidfire_automl.executor.arm import Arm
 from rapidfire_automl.executor.ledger import past_of, waits
-from rapidfire_automl.executor.rounds import VECTORS_ATTR
 from rapidfire_automl.patience import LONGEST_WAIT_S, StorageAway
 from rapidfire_automl.records import TrialRecord
 from rapidfire_automl.workers import Worker
@@ -226,6 +226,8 @@ class Crew:
 
     def _take_from_the_dead(self) -> None:
         mine = {arm.trial._trial_id for arm in self._held()}
+        for number, why in workers.give_up(self._study, mine).items():
+            self._tell("trial_given_up", None, of=number, reason=why)
         for number in workers.reap(self._study, mine):
             if number not in self.numbers:
                 self._tell("trial_orphaned", None, of=number, worker=self._who_has(number))

@@ -13,7 +13,7 @@ import optuna
 from numpy.typing import NDArray
 
 from rapidfire_automl import failpoints
-from rapidfire_automl.attempts import last_attempts
+from rapidfire_automl.attempts import VECTORS_ATTR, last_attempts
 from rapidfire_automl.executor.arm import Arm
 from rapidfire_automl.histories import CHUNKS_ATTR, COST_ATTR, history_from_study
 from rapidfire_automl.pruners import PolicyPruner
@@ -35,8 +35,6 @@ logger = logging.getLogger("rapidfire_automl")
 Cost = Literal["tokens", "seconds"]
 TAKEN_OVER = "another worker has taken it over"
 Said = tuple[int, int, Mapping[str, Any]]
-VECTORS_ATTR = "rapidfire:vectors"
-"""The trial attribute that holds its vectors, one a chunk, where there are several objectives."""
 
 
 class Referee:

@@ -11,7 +11,7 @@ import numpy as np
 import optuna
 import pytest
 
-from rapidfire_automl.executor.rounds import VECTORS_ATTR
+from rapidfire_automl.attempts import VECTORS_ATTR
 from rapidfire_policies import ASHA, TrialState
 from rapidfire_policies.pareto import scalarize
 from tests.executor.searches import HELD_OUT, LRS, Done, Scripted, search, study_of

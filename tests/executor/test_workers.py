@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 
 from rapidfire_automl import Search
+from rapidfire_automl.workers import MOST_DEATHS
 from tests import postgres
 from tests.executor.working import Process, of, result
 
@@ -78,6 +79,18 @@ def test_a_killed_workers_trials_are_taken_over(alone: dict[int, dict[str, Any]]
     same(found, alone, (0, 1))
     assert "locked" not in dies.err + lives.err
     assert all(event["data"]["attempt"] == 2 for event in lives.of_kind("trial_resumed"))
+
+
+@pytest.mark.skipif(not ALL, reason="`make test-faults` runs it: a minute")
+def test_trials_that_kill_every_worker_are_given_up(tmp_path: Path) -> None:
+    storage = f"sqlite:///{tmp_path / 'study.db'}"
+    for number in range(MOST_DEATHS):
+        Process(tmp_path, storage, "step=kill@2", name=f"victim-{number}", n_trials=2).killed()
+    last = Process(tmp_path, storage, name="last", n_trials=2)
+    last.finish()
+    assert sorted(event["data"]["of"] for event in last.of_kind("trial_given_up")) == [0, 1]
+    assert not last.of_kind("trial_ended")
+    assert [(trial["state"], trial["attempt"]) for trial in result(storage).values()] == [("FAIL", MOST_DEATHS)] * 2
 
 
 def freeze(worker: Process, database: Path) -> None:
