@@ -127,7 +127,7 @@ def test_a_disk_that_is_full_and_gets_room(undisturbed: dict[str, Any], small_di
     The study lies on it, too: Optuna's commits are tried until there is room.
     """
     study = f"sqlite:///{small_disk / 'study.db'}"
-    process = Forked(resumable.run, small_disk / "out", study, **{**WIDE, "chunks": 6})
+    process = Forked(resumable.run, small_disk / "out", study, **{**WIDE, "chunks": 6, "train_rows": 120})
     process.until(
         lambda: (
             (small_disk / "out" / "events.jsonl").exists()
