@@ -32,23 +32,19 @@ from rapidfire_automl.executor.arguments import check as check_arguments
 from rapidfire_automl.executor.arguments import check_search
 from rapidfire_automl.executor.arm import Arm
 from rapidfire_automl.executor.base import Base
-from rapidfire_automl.executor.checkpoints import Snapshot
 from rapidfire_automl.executor.commands import Commands
 from rapidfire_automl.executor.conductor import Conductor
 from rapidfire_automl.executor.context import TrialContext
 from rapidfire_automl.executor.crew import Crew
-from rapidfire_automl.executor.durability import Durability, Spent
+from rapidfire_automl.executor.durability import Spent
 from rapidfire_automl.executor.evaluation import Evaluator, Measured, Metric
 from rapidfire_automl.executor.explanation import explain
-from rapidfire_automl.executor.fingerprints import check_same_trial, distributions, fingerprint_of_base
-from rapidfire_automl.executor.journal import Journal, SearchDiffers
-from rapidfire_automl.executor.keeping import Keeping
-from rapidfire_automl.executor.ledger import Ledger
 from rapidfire_automl.executor.loading import ModelLike, load_base, load_tokenizer
 from rapidfire_automl.executor.loop import Loop
 from rapidfire_automl.executor.planner import plan_for
 from rapidfire_automl.executor.runner import Builder, Outcome, Runner
 from rapidfire_automl.executor.sources import Arrivals, Asking, Claims
+from rapidfire_automl.executor.survival import Survival, facts
 from rapidfire_automl.mailboxes import Mailbox
 from rapidfire_automl.memory import give_back
 from rapidfire_automl.names import check_folder
@@ -157,15 +153,20 @@ class RapidFireExecutor(Controls):
         self._evaluator = Evaluator(metric, eval_batch_size, eval_sampling or Sampling())
         self._output_dir = None if output_dir is None else Path(check_folder(output_dir, "output_dir"))
         self._durable = output_dir is not None if durable is None else durable
-        self._durability: Durability | None = None
-        self._keeping = Keeping(None)
         self._storage_patience_s = storage_patience_s
         self._storage: PatientStorage | None = None
-        self._crew: Crew | None = None
         self._listeners = list(listeners)
         self._records: dict[int, TrialRecord] = {}
+        survival = self._survival = Survival(self._tell, lambda: self._conductor.arms if self._conductor else ())
         self._referee = rounds.Referee(
-            self._records, chunks, slots, self._tell, cost, self._keep_verdicts, self._look_at_peers, self._share
+            self._records,
+            chunks,
+            slots,
+            self._tell,
+            cost,
+            survival.keep_verdicts,
+            survival.look_at_peers,
+            survival.share,
         )
         self._commands = Commands(self._records, chunks, self._tell, self._end)
         self._study: optuna.Study | None = None
@@ -211,7 +212,7 @@ class RapidFireExecutor(Controls):
     @property
     def spent(self) -> Spent | None:
         """What checkpoints have cost so far in time and on the disk; None where there are none."""
-        return None if self._durability is None else self._durability.spent
+        return self._survival.spent
 
     def add_listener(self, listener: Listener) -> None:
         """Have a function called with every event, in the search's own threads: it should be quick."""
@@ -305,25 +306,19 @@ class RapidFireExecutor(Controls):
             number = number_of(trial)
             loop.seed(number, 1)  # whatever others were proposed since it was asked for
             trainer = build(trial)
-            if self._durability is not None:
-                self._durability.built(number)
+            self._survival.built(number)
             return trainer
 
         run = self._ready(study, seeded)
         stored = not isinstance(study._storage, InMemoryStorage)  # a killed process takes the others with it
-        if self._durable and stored and self._durability is None:
-            folder = self._folder(0).parent.parent
-            self._durability = Durability(folder, self._tell, Journal(folder))
-        self._keeping = Keeping(self._durability if stored else None)
-        loop = Loop(study, self._arm, run, self._durability if stored else None)
+        self._survival.alone(self._folder(0).parent.parent if self._durable and stored else None)
+        loop = Loop(study, self._arm, run, self._survival.durability)
         begun, left = self._take_up(study, n_trials, loop, more=more)
         source = Asking(study, left, loop.start, timeout_s, lambda asked: loop.ask(begun + asked))
         for queued in enqueueing.left_over(study) if begun else ():
             source.ask_for(queued)
         self._search(source, loop.retire)
-        if self._durability is not None:
-            self._durability.over()
-            self._keeping.over()
+        self._survival.over()
         self._raise_if_all_failed(loop.numbers)
 
     def work(
@@ -356,19 +351,20 @@ class RapidFireExecutor(Controls):
 
         def seeded(trial: optuna.Trial) -> Any:
             """What is proposed depends on the trial's number, whichever worker has it."""
-            assert self._durability is not None
-            reseed(study.sampler, self._durability.sampler_seed, number_of(trial))
+            assert self._survival.durability is not None
+            reseed(study.sampler, self._survival.durability.sampler_seed, number_of(trial))
             return build(trial)
 
         run = self._ready(study, seeded)
         if n_trials is not None:
             workers.fill(study, n_trials)
-        crew = self._crew = Crew(study, self.worker, self._records, self._folder, self._tell, self._cancelled_elsewhere)
-        self._durability = Durability(self._output_dir, self._tell, Ledger(study))
-        self._keeping = Keeping(self._durability)
-        loop = Loop(study, self._arm, run, self._durability, crew, lambda: not self._stopping)
+        crew = Crew(study, self.worker, self._records, self._folder, self._tell, self._cancelled_elsewhere)
+        self._survival.together(study, self._output_dir, crew)
+        durability = self._survival.durability
+        assert durability is not None
+        loop = Loop(study, self._arm, run, durability, crew, lambda: not self._stopping)
         try:
-            self._durability.join(self._facts(study))
+            durability.join(self._facts(study))
             self._recall_base()
             self._referee.leave_out(attempts.last_attempts(study))
             crew.start()
@@ -376,9 +372,7 @@ class RapidFireExecutor(Controls):
             if self._stopping:
                 crew.end_for_all()
         finally:
-            crew.stop()
-            self._durability.close()
-            self._crew = self._durability = None
+            self._survival.close()
         self._raise_if_all_failed(loop.numbers)
 
     @property
@@ -418,9 +412,7 @@ class RapidFireExecutor(Controls):
             self._arrivals.close()
         if self._thread is not None and not self._hurry:
             self._finished.wait()
-        if self._durability is not None:
-            self._durability.close(1.0 if self._hurry else None)
-            self._durability = None
+        self._survival.close(1.0 if self._hurry else None)
         self._exit.close()
         self._commands.detach()
         self._base = self._conductor = self._runner = self._arrivals = self._thread = None
@@ -469,24 +461,21 @@ class RapidFireExecutor(Controls):
                 )
                 self._conductor.multiplexer = self._base.multiplexer
                 self._runner = Runner(
-                    self._base,
-                    self._conductor,
-                    self._evaluator,
-                    self.chunks,
-                    self.seed,
-                    self._tell,
-                    self._referee.record,
-                    self._folder,
-                    self._adapter_folder,
-                    None if isinstance(self._model_like, PreTrainedModel) else self._load_base,
-                    self._keep_base,
-                    self._abort,
-                    self._commands.warm_start,
-                    lambda: self._durability is not None and self._durability.is_on,
-                    self._save,
-                    self._save_later,
-                    self._check_same,
-                    lambda: self._stopping,
+                    base=self._base,
+                    conductor=self._conductor,
+                    evaluator=self._evaluator,
+                    chunks=self.chunks,
+                    seed=self.seed,
+                    tell=self._tell,
+                    record=self._referee.record,
+                    folder=self._folder,
+                    adapter_folder=self._adapter_folder,
+                    reload=None if isinstance(self._model_like, PreTrainedModel) else self._load_base,
+                    keep_base=self._keep_base,
+                    abort=self._abort,
+                    warm_start=self._commands.warm_start,
+                    survival=self._survival,
+                    cancelled=lambda: self._stopping,
                 )
                 logger.info("Plan: %s", plan.reason)
                 self._tell(
@@ -508,7 +497,7 @@ class RapidFireExecutor(Controls):
         conductor = self._conductor
         assert conductor is not None
         assert self._study is not None
-        self._commands.begin(self._study, source, self._keeping)
+        self._commands.begin(self._study, source, self._survival.keeping)
 
         def body() -> None:
             home = TrialContext.capture()
@@ -555,7 +544,7 @@ class RapidFireExecutor(Controls):
             self._study = study
             if study.study_name != self._study_name:
                 if self._arrivals is not None:
-                    self._commands.begin(study, self._arrivals, self._keeping)
+                    self._commands.begin(study, self._arrivals, self._survival.keeping)
                 self._study_name = study.study_name
                 self._records.clear()
                 self._referee.begin(study)
@@ -597,30 +586,17 @@ class RapidFireExecutor(Controls):
     def _facts(self, study: optuna.Study) -> dict[str, Any]:
         """What is searched, to tell this search from another one."""
         assert self._base is not None
-        return {
-            "base": fingerprint_of_base(self._base.model),
-            "chunks": self.chunks,
-            "directions": [direction.name for direction in study.directions],
-        }
+        return facts(study, self._base.model, self.chunks)
 
     def _recall_base(self) -> None:
         """What the untrained base is worth needn't be measured again."""
         assert self._runner is not None
-        assert self._durability is not None
-        if (measured := self._durability.restore_base()) is not None:
+        if (measured := self._survival.base()) is not None:
             self._keep_base(measured)
             self._runner.base_is_known()
 
     def _on_storage(self, what: str, away_s: float, reason: str) -> None:
         self._tell(f"storage_{what}", None, seconds=away_s, reason=reason)
-
-    def _look_at_peers(self) -> None:
-        if self._crew is not None:
-            self._crew.refresh()
-
-    def _share(self, record: TrialRecord) -> None:
-        if self._crew is not None:
-            self._crew.share(record)
 
     def _cancelled_elsewhere(self, reason: str) -> None:
         if not self._stopping:
@@ -652,31 +628,6 @@ class RapidFireExecutor(Controls):
         added = enqueueing.numbers_of_people(study)
         return len(past.asked), max(0, n_trials - sum(number not in added for number in past.asked))
 
-    def _keep_verdicts(self, verdicts: list[tuple[int, int, str, str]], said: Sequence[rounds.Said] = ()) -> None:
-        if self._durability is None:
-            return
-        lost = self._durability.judged(verdicts, said)
-        for arm in self._conductor.arms if self._conductor is not None and lost else ():
-            arm.lost = arm.lost or arm.number in lost
-
-    def _save(self, arm: Arm, trainer: Any, take: Callable[[], Snapshot]) -> None:
-        if self._durability is not None:
-            self._durability.save(arm, trainer, take)
-
-    def _save_later(self, arm: Arm, folder: Path, snapshot: Snapshot) -> bool:
-        return self._durability is not None and self._durability.adapter(arm, folder, snapshot)
-
-    def _check_same(self, arm: Arm, trainer: Any) -> None:
-        """End the search if a trial that goes on was begun as another one."""
-        if self._durability is None:
-            return
-        others = [t for t in arm.trial.study.get_trials(deepcopy=False) if t.number != arm.trial.number]
-        try:
-            check_same_trial(arm, trainer, distributions(others))
-        except SearchDiffers as error:
-            self._abort(error)
-            raise
-
     def _arm(self, trial: optuna.Trial, record: TrialRecord | None = None) -> Arm:
         number = number_of(trial)
         record = TrialRecord(number) if record is None else record
@@ -686,8 +637,7 @@ class RapidFireExecutor(Controls):
 
     def _keep_base(self, measured: Measured) -> None:
         self.base_value, self.base_vector, self.base_scores = measured.value, measured.vector, measured.scores
-        if self._durability is not None:
-            self._durability.base(measured)
+        self._survival.keep_base(measured)
 
     def _send(self, command: Command) -> Sent:
         return self._commands.send(command)
@@ -721,7 +671,7 @@ class RapidFireExecutor(Controls):
 
     def _adapter_folder(self, arm: Arm) -> Path:
         """A worker that was taken for dead must not write over what its successor has written."""
-        again = self._crew is not None and arm.attempt > 1
+        again = self._survival.crew is not None and arm.attempt > 1
         return self._folder(arm.number) / (f"adapter-{arm.attempt}" if again else "adapter")
 
     def _folder(self, number: int) -> Path:

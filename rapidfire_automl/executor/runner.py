@@ -21,8 +21,10 @@ from rapidfire_automl.executor.arm import Arm, Halt, Leave
 from rapidfire_automl.executor.base import Base, BaseChanged
 from rapidfire_automl.executor.conductor import Conductor
 from rapidfire_automl.executor.evaluation import Evaluator, Measured
+from rapidfire_automl.executor.journal import SearchDiffers
 from rapidfire_automl.executor.requests import Forward
 from rapidfire_automl.executor.rounds import TAKEN_OVER
+from rapidfire_automl.executor.survival import Survival
 from rapidfire_automl.executor.warmstart import WarmStart
 from rapidfire_automl.patience import StorageAway
 from rapidfire_policies.base import Decision, TrialState, Verdict
@@ -67,10 +69,7 @@ class Runner:
         keep_base: Takes what the untrained base is worth.
         abort: Ends the search with an error.
         warm_start: What an arm begins with, if not from nothing.
-        durable: Whether trials are to survive the process.
-        save: Puts an arm's state on disk.
-        save_later: Keeps an adapter for which the disk has no room yet; says whether it does.
-        check_same: Raises if an arm that goes on was begun as another trial.
+        survival: Of the search, if it is to survive the process.
         cancelled: Whether somebody has ended the search and wants to keep what there is.
     """
 
@@ -87,11 +86,8 @@ class Runner:
     keep_base: Callable[[Measured], None]
     abort: Callable[[BaseException], None]
     warm_start: Callable[[Arm], WarmStart | None]
-    durable: Callable[[], bool] = lambda: False
-    save: Callable[[Arm, Any, Any], None] = lambda arm, trainer, snapshot: None
-    save_later: Callable[[Arm, Path, Any], bool] = lambda arm, folder, snapshot: False
-    check_same: Callable[[Arm, Any], None] = lambda arm, trainer: None
-    cancelled: Callable[[], bool] = lambda: False
+    survival: Survival
+    cancelled: Callable[[], bool]
     _local: threading.local = field(default_factory=threading.local)
     _base_taken: bool = False
 
@@ -186,7 +182,11 @@ class Runner:
             base.check(repair=True)
         if isinstance(model := getattr(trainer, "model", None), PeftModel) and not base.owns(model.get_base_model()):
             raise ValueError("The trainer's model did not come from this executor. Pass `model=executor.model(trial)`.")
-        self.check_same(arm, trainer)
+        try:
+            self.survival.check_same(arm, trainer)
+        except SearchDiffers as error:
+            self.abort(error)
+            raise
         try:
             training.train(arm, trainer, self._host())
         except Leave:
@@ -213,7 +213,7 @@ class Runner:
         return Outcome("complete", vector, reason)
 
     def _save(self, arm: Arm, model: PeftModel) -> None:
-        training.save(arm, model, self.adapter_folder(arm), self.save_later)
+        training.save(arm, model, self.adapter_folder(arm), self.survival.save_later)
         arm.trial.set_user_attr("rapidfire:adapter", arm.record.adapter)
 
     def _mend_base(self, arm: Arm) -> None:
@@ -252,8 +252,8 @@ class Runner:
             seed=self.seed,
             tell=self.tell,
             record=self.record,
-            durable=self.durable,
-            save=self.save,
+            durable=lambda: self.survival.is_on,
+            save=self.survival.save,
             measure_base=take_base,
             keep_base=keep_base,
             check=base.check_arm,
