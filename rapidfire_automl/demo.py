@@ -100,6 +100,7 @@ def exact_answers(
     *,
     batch_size: int = 32,
     max_new_tokens: int = 24,
+    dtype: str = "auto",
 ) -> tuple[int, int]:
     """Answer every row's prompt greedily and count the exact answers.
 
@@ -112,6 +113,7 @@ def exact_answers(
         rows: Rows with `prompt` and `completion`.
         batch_size: Prompts per batch.
         max_new_tokens: The longest answer.
+        dtype: Of the base, as in `from_pretrained`.
 
     Returns:
         Exact answers, and rows.
@@ -120,7 +122,7 @@ def exact_answers(
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     tokenizer: Any = AutoTokenizer.from_pretrained(base, padding_side="left")
-    model: Any = AutoModelForCausalLM.from_pretrained(base, dtype="auto")
+    model: Any = AutoModelForCausalLM.from_pretrained(base, dtype=dtype)
     if adapter is not None:
         from peft import PeftModel
 

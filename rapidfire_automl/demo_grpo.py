@@ -17,6 +17,7 @@ from rapidfire_automl.attempts import number_of
 from rapidfire_automl.demo import base_path
 from rapidfire_automl.events import Listener
 from rapidfire_automl.group_sizes import Worth, as_facts, compare
+from rapidfire_automl.precision import is_bfloat16_fast
 from rapidfire_automl.pruners import PolicyPruner
 from rapidfire_automl.reasoning import Task, reasoning_rows
 from rapidfire_automl.records import TrialRecord
@@ -109,7 +110,7 @@ def run_sweep(
     train, held_out = prompts(sweep)
     executor = RapidFireExecutor(
         os.fspath(base_path() if base is None else base),
-        dtype="bfloat16",
+        dtype="bfloat16" if is_bfloat16_fast() else "float32",
         slots=len(sweep.points),
         chunks=sweep.chunks,
         seed=sweep.seed,
@@ -170,6 +171,7 @@ def build_objective(
                 lr_scheduler_type="constant",
                 gradient_checkpointing=False,
                 seed=sweep.seed,
+                bf16=is_bfloat16_fast(),
                 use_cpu=not torch.accelerator.is_available(),
                 output_dir=str(run_dir / "trials" / str(number_of(trial))),
                 save_strategy="no",

@@ -119,12 +119,14 @@ def main() -> None:
     wanted = config["overhead"]
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=wanted["rounds"])
+    parser.add_argument("--dtype", default=wanted["dtype"], help="float32 where the CPU only emulates bfloat16")
     parser.add_argument("--out", type=Path, default=HERE / "overhead.json")
     given = parser.parse_args()
     disable_progress_bars()
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     path = base_path()
-    base = (AutoModelForCausalLM.from_pretrained(path, dtype=wanted["dtype"]), AutoTokenizer.from_pretrained(path))
+    wanted["dtype"] = given.dtype
+    base = (AutoModelForCausalLM.from_pretrained(path, dtype=given.dtype), AutoTokenizer.from_pretrained(path))
     results: dict[str, Any] = {**provenance.provenance(), "config": config, "base_sha256": provenance.sha256(path)}
     results |= {"load_before": provenance.load(), "status": "running", "cells": []}
     for steps in wanted["steps"]:

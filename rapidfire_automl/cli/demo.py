@@ -13,6 +13,7 @@ from rapidfire_automl.caches import cache_folder
 from rapidfire_automl.cli.run import Debug, Json, NTrials, Out, Quiet, Set, search, shorthands
 from rapidfire_automl.cli.terminal import Terminal
 from rapidfire_automl.cli.view import against, number
+from rapidfire_automl.precision import is_bfloat16_fast
 from rapidfire_automl.search import SearchResult, add_to_summary
 from rapidfire_automl.settings import Settings, load_settings
 
@@ -51,10 +52,11 @@ def prepare(folder: Path, terminal: Terminal, overrides: list[str], n_trials: in
     terminal.say(f"Base and data ({cache_folder()})...", "dim")
     base = material.base_path()
     train, held_out = material.write_data(folder, TRAIN, HELD_OUT, DATA_SEED)
+    slow = [] if is_bfloat16_fast() else ["base.dtype='float32'", "args.bf16=false"]
     paths = [f"base.model='{base}'", f"data.train='{train}'", f"data.eval='{held_out}'"]
     short = shorthands(n_trials=n_trials, slots=None, chunks=None, seed=None, out=out)
     with as_file(files("rapidfire_automl") / "demo.toml") as file:
-        return load_settings(file, [*paths, *overrides, *short])
+        return load_settings(file, [*paths, *slow, *overrides, *short])
 
 
 def exact_answers(settings: Settings, result: SearchResult) -> dict[str, Any]:
@@ -62,10 +64,10 @@ def exact_answers(settings: Settings, result: SearchResult) -> dict[str, Any]:
     from rapidfire_automl import demo as material
 
     rows = material.read_rows(Path(settings.data.eval or ""))
-    base, count = material.exact_answers(settings.base.model, None, rows)
+    base, count = material.exact_answers(settings.base.model, None, rows, dtype=settings.base.dtype)
     best = None
     if result.best_adapter is not None:
-        best, count = material.exact_answers(settings.base.model, result.best_adapter, rows)
+        best, count = material.exact_answers(settings.base.model, result.best_adapter, rows, dtype=settings.base.dtype)
     return {"best": best, "base": base, "of": count}
 
 

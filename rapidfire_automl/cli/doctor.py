@@ -6,7 +6,6 @@ import os
 import platform
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
@@ -15,6 +14,7 @@ from rich.text import Text
 
 from rapidfire_automl.cli.run import Debug
 from rapidfire_automl.cli.terminal import Terminal
+from rapidfire_automl.precision import bfloat16_cost
 from rapidfire_automl.versions import TESTED, installed
 
 Grade = Literal["good", "note", "bad"]
@@ -68,6 +68,7 @@ def examine() -> Iterator[Finding]:
         yield Finding("torch", f"cannot be imported: {error}", "bad")
         return
     yield from _device()
+    yield from _precision()
     yield _threads(cores)
     yield _joint_passes()
 
@@ -87,19 +88,7 @@ def _versions() -> Iterator[Finding]:
 
 
 def _cores(cores: int) -> Finding:
-    flags = _cpu_flags()
-    fast = [name for name, flag in (("AMX bf16", "amx_bf16"), ("AVX-512 bf16", "avx512_bf16")) if flag in flags]
-    formats = f"; {' and '.join(fast)}: bf16 bases train fast" if fast else ""
-    return Finding("cpu", f"{cores} core{'s' if cores != 1 else ''}{formats}")
-
-
-def _cpu_flags() -> frozenset[str]:
-    try:
-        text = Path("/proc/cpuinfo").read_text(encoding="utf-8")
-    except OSError:
-        return frozenset()
-    lines = [line for line in text.splitlines() if line.startswith(("flags", "Features"))]
-    return frozenset(lines[0].partition(":")[2].split()) if lines else frozenset()
+    return Finding("cpu", f"{cores} core{'s' if cores != 1 else ''}")
 
 
 def _memory() -> Finding:
@@ -122,6 +111,22 @@ def _device() -> Iterator[Finding]:
         properties = torch.cuda.get_device_properties(index)
         bf16 = "bf16" if torch.cuda.is_bf16_supported() else "no bf16"
         yield Finding("device", f"cuda:{index} {properties.name}, {properties.total_memory / 2**30:.0f} GiB, {bf16}")
+
+
+def _precision() -> Iterator[Finding]:
+    import torch
+
+    if torch.accelerator.is_available():
+        return
+    cost = bfloat16_cost()
+    if cost <= 1.0:
+        yield Finding("precision", f"bf16 bases train fast: a product takes {cost:.1f} times as long as in float32")
+        return
+    yield Finding(
+        "precision",
+        f"bf16 takes {cost:.1f} times as long as float32 on this CPU: take dtype float32, and bf16 = false",
+        "note" if cost > 2 else "good",
+    )
 
 
 def _threads(cores: int) -> Finding:

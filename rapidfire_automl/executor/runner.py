@@ -27,6 +27,7 @@ from rapidfire_automl.executor.rounds import TAKEN_OVER
 from rapidfire_automl.executor.survival import Survival
 from rapidfire_automl.executor.warmstart import WarmStart
 from rapidfire_automl.patience import StorageAway
+from rapidfire_automl.precision import why_slow
 from rapidfire_policies.base import Decision, TrialState, Verdict
 
 logger = logging.getLogger("rapidfire_automl")
@@ -90,6 +91,7 @@ class Runner:
     cancelled: Callable[[], bool]
     _local: threading.local = field(default_factory=threading.local)
     _base_taken: bool = False
+    _slow_said: bool = False
 
     @property
     def arm(self) -> Arm | None:
@@ -187,6 +189,7 @@ class Runner:
         except SearchDiffers as error:
             self.abort(error)
             raise
+        self._say_if_slow(trainer)
         try:
             training.train(arm, trainer, self._host())
         except Leave:
@@ -211,6 +214,13 @@ class Runner:
         assert isinstance(model, PeftModel)
         self._save(arm, model)
         return Outcome("complete", vector, reason)
+
+    def _say_if_slow(self, trainer: Any) -> None:
+        """Warn once of a number format that this machine is slow with."""
+        if not self._slow_said and (why := why_slow(self.base.model, getattr(trainer, "args", None))):
+            self._slow_said = True
+            logger.warning("%s.", why)
+            self.tell("warning", None, message=why)
 
     def _save(self, arm: Arm, model: PeftModel) -> None:
         training.save(arm, model, self.adapter_folder(arm), self.survival.save_later)

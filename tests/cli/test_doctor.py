@@ -17,7 +17,7 @@ def test_doctor_finds_what_a_search_needs() -> None:
     result = CliRunner().invoke(app, ["doctor", "--json"], catch_exceptions=False)
     findings = {finding["name"]: finding for finding in json.loads(result.stdout)}
     assert result.exit_code == 0
-    assert {"system", "packages", "cpu", "memory", "device", "threads", "joint pass"} <= set(findings)
+    assert {"system", "packages", "cpu", "memory", "device", "precision", "threads", "joint pass"} <= set(findings)
     assert findings["joint pass"]["grade"] == "good"
 
 
