@@ -12,6 +12,7 @@ what they can plant is data, never code.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import logging
@@ -29,15 +30,16 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
-from safetensors.torch import load, save
+from safetensors.torch import load, save_file
 from torch import Tensor
 
+from rapidfire_automl.disk import is_full
 from rapidfire_automl.executor.trees import decode, encode, fresh_copy
 from rapidfire_automl.failpoints import hit
 
 logger = logging.getLogger("rapidfire_automl")
 
-FORMAT = 1
+FORMAT = 2
 TENSORS, STATE = "tensors.safetensors", "state.json"
 ADAPTER, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 MANIFEST = "manifest.json"
@@ -154,15 +156,10 @@ def write(folder: Path, snapshot: Snapshot | Packed) -> int:
     chunk_of(folder)
     packed = snapshot if isinstance(snapshot, Packed) else pack(snapshot)
     hit("checkpoint.writing")
-    contents = {
-        **_adapter_files(packed),
-        TENSORS: save(dict(packed.tensors)),
-        STATE: json.dumps(packed.form, allow_nan=False).encode(),
-    }
-    contents[MANIFEST] = _manifest(contents, packed.meta)
-    _put(folder, contents)
+    state = json.dumps(packed.form, allow_nan=False).encode()
+    written = _put(folder, {**_adapter_files(packed), TENSORS: packed.tensors, STATE: state}, packed.meta)
     hit("checkpoint.renamed")
-    return sum(map(len, contents.values()))
+    return written
 
 
 def write_adapter(folder: Path, packed: Packed) -> int:
@@ -178,30 +175,30 @@ def write_adapter(folder: Path, packed: Packed) -> int:
     Raises:
         OSError: It could not be written; nothing of it is left.
     """
-    contents = _adapter_files(packed)
-    _put(folder, contents)
-    return sum(map(len, contents.values()))
+    return _put(folder, _adapter_files(packed))
 
 
-def _adapter_files(packed: Packed) -> dict[str, bytes]:
-    return {
-        ADAPTER: save(dict(packed.adapter), metadata={"format": "pt"}),
-        CONFIG: json.dumps(packed.config, allow_nan=False, indent=2, sort_keys=True).encode(),
-    }
+def _adapter_files(packed: Packed) -> dict[str, Mapping[str, Tensor] | bytes]:
+    config = json.dumps(packed.config, allow_nan=False, indent=2, sort_keys=True).encode()
+    return {ADAPTER: packed.adapter, CONFIG: config}
 
 
-def _put(folder: Path, contents: Mapping[str, bytes]) -> None:
-    """Files into a folder that appears with all of them."""
+def _put(
+    folder: Path, contents: Mapping[str, Mapping[str, Tensor] | bytes], meta: Mapping[str, Any] | None = None
+) -> int:
+    """Files into a folder that appears with all of them, and with a manifest if there is something to say in it.
+
+    Returns:
+        Bytes written.
+    """
     parent = folder.parent
     parent.mkdir(parents=True, exist_ok=True)
     temporary = parent / f".{folder.name}.tmp-{secrets.token_hex(6)}"
     try:
         temporary.mkdir()
-        for name, content in contents.items():
-            with (temporary / name).open("xb") as file:
-                file.write(content)
-                file.flush()
-                os.fsync(file.fileno())
+        files = {name: _write(temporary / name, content) for name, content in contents.items()}
+        if meta is not None:
+            files[MANIFEST] = _write(temporary / MANIFEST, _manifest(files, meta))
         _sync(temporary)
         hit("checkpoint.renaming")
         if folder.is_symlink() or folder.exists():
@@ -211,6 +208,21 @@ def _put(folder: Path, contents: Mapping[str, bytes]) -> None:
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
+    return sum(int(file["bytes"]) for file in files.values())
+
+
+def _write(path: Path, content: Mapping[str, Tensor] | bytes) -> dict[str, Any]:
+    """A new file, on the disk when this returns; its hash, of what can be read again, and its size."""
+    if isinstance(content, bytes):
+        path.write_bytes(content)
+    else:
+        try:
+            save_file(dict(content), path, metadata={"format": "pt"})
+        except SafetensorError as error:
+            raise OSError(errno.ENOSPC if is_full(error) else errno.EIO, str(error)) from error
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+        return {"sha256": hashlib.file_digest(file, "sha256").hexdigest(), "bytes": path.stat().st_size}
 
 
 def read(folder: Path) -> Snapshot:
@@ -308,13 +320,10 @@ def _checked(path: Path, wanted: Mapping[str, Any]) -> bytes:
     return content
 
 
-def _manifest(contents: Mapping[str, bytes], meta: Mapping[str, Any]) -> bytes:
+def _manifest(files: Mapping[str, Mapping[str, Any]], meta: Mapping[str, Any]) -> bytes:
     manifest: dict[str, Any] = {
         "format": FORMAT,
-        "files": {
-            name: {"sha256": hashlib.sha256(content).hexdigest(), "bytes": len(content)}
-            for name, content in contents.items()
-        },
+        "files": {name: dict(found) for name, found in files.items()},
         "versions": {"python": platform.python_version()} | _versions(),
         "meta": dict(meta),
     }

@@ -1,7 +1,8 @@
-"""Trees of training state as a JSON form and named tensors, without pickle: exact to the bit, or an error.
+"""Trees of training state as a JSON form and a few long tensors, without pickle: exact to the bit, or an error.
 
 A tree is made of None, bool, int, float, str, list, tuple, dict, tensors, NumPy arrays and scalars, and
-`torch.Generator`. JSON values stand for themselves; everything else is an object with the key `$`.
+`torch.Generator`. JSON values stand for themselves; everything else is an object with the key `$`. All tensors of a
+dtype lie one behind the other in one: an optimizer has a thousand small ones, and each would cost time of its own.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ _DICTS = (dict, OrderedDict, defaultdict)
 
 
 def encode(tree: Any) -> tuple[Any, dict[str, Tensor]]:
-    """A tree's JSON form, and its tensors by name: contiguous copies on the CPU, which later training doesn't touch.
+    """A tree's JSON form, and its tensors, flat, by dtype: copies on the CPU, which later training doesn't touch.
 
     Tensors that are the same memory, seen alike, are stored once and come back as one object. A dense tensor that is
     laid out otherwise than row by row comes back laid out so. Not kept: `requires_grad`, the device (all come back on
@@ -33,7 +34,7 @@ def encode(tree: Any) -> tuple[Any, dict[str, Tensor]]:
         TypeError: Something has neither a safetensors nor a JSON form; the message names its path in the tree.
     """
     encoder = _Encoder()
-    return encoder.form(tree, ()), encoder.tensors
+    return encoder.form(tree, ()), encoder.copies()
 
 
 def decode(form: Any, tensors: Mapping[str, Tensor]) -> Any:
@@ -47,8 +48,18 @@ def decode(form: Any, tensors: Mapping[str, Tensor]) -> Any:
 
 class _Encoder:
     def __init__(self) -> None:
-        self.tensors: dict[str, Tensor] = {}
-        self._names: dict[Any, str] = {}
+        self._kept: defaultdict[torch.dtype, list[Tensor]] = defaultdict(list)
+        self._ends: defaultdict[torch.dtype, int] = defaultdict(int)
+        self._places: dict[Any, dict[str, Any]] = {}
+
+    def copies(self) -> dict[str, Tensor]:
+        """What was kept, by the dtype's name."""
+        found = {}
+        for dtype, kept in self._kept.items():
+            flat = torch.empty(self._ends[dtype], dtype=dtype)
+            torch._foreach_copy_(list(flat.split([value.numel() for value in kept])), kept)
+            found[_name(dtype)] = flat
+        return found
 
     def form(self, value: Any, path: tuple[str, ...]) -> Any:
         kind = type(value)
@@ -66,8 +77,7 @@ class _Encoder:
         if isinstance(value, (np.ndarray, np.generic)):
             return self._array(value, path)
         if kind is torch.Generator:
-            name = self._keep(value.get_state(), path)
-            return {_KIND: "generator", "name": name, "device": str(value.device)}
+            return {_KIND: "generator", **self._keep(value.get_state()), "device": str(value.device)}
         raise _no_form(path, f"a {kind.__module__}.{kind.__qualname__}")
 
     def _dict(self, value: Mapping[Any, Any], path: tuple[str, ...]) -> Any:
@@ -86,13 +96,13 @@ class _Encoder:
         if not _has_form(value.dtype):
             raise _no_form(path, f"a tensor of {value.dtype}")
         value = value.detach()
-        place = (value.data_ptr(), value.shape, value.stride(), value.dtype, value.device)
-        known = self._names.get(place) if value.numel() else None
-        if known is None:
-            known = self._names[place] = self._keep(value, path)
-        form = {_KIND: "tensor", "name": known}
+        seen = (value.data_ptr(), value.shape, value.stride(), value.dtype, value.device)
+        place = self._places.get(seen) if value.numel() else None
+        if place is None:
+            place = self._places[seen] = self._keep(value)
+        form = {_KIND: "tensor", **place}
         if not value.is_contiguous() and torch.empty_like(value).stride() == value.stride():
-            form["stride"] = list(value.stride())  # type: ignore[assignment]
+            form["stride"] = list(value.stride())
         return form
 
     def _array(self, value: Any, path: tuple[str, ...]) -> Any:
@@ -102,22 +112,20 @@ class _Encoder:
             raise _no_form(path, f"an array of {value.dtype}") from None
         if not _has_form(tensor.dtype):
             raise _no_form(path, f"an array of {value.dtype}")
-        return {_KIND: "array" if isinstance(value, np.ndarray) else "scalar", "name": self._keep(tensor, path)}
+        return {_KIND: "array" if isinstance(value, np.ndarray) else "scalar", **self._keep(tensor)}
 
-    def _keep(self, value: Tensor, path: tuple[str, ...]) -> str:
-        name = plain = "/".join(path) or "tree"
-        count = 1
-        while name in self.tensors:
-            count += 1
-            name = f"{plain}#{count}"
-        self.tensors[name] = fresh_copy(value)
-        return name
+    def _keep(self, value: Tensor) -> dict[str, Any]:
+        """Put a tensor behind the others of its dtype; where it is."""
+        begin = self._ends[value.dtype]
+        self._ends[value.dtype] += value.numel()
+        self._kept[value.dtype].append(value.reshape(-1))
+        return {"in": _name(value.dtype), "at": begin, "shape": list(value.shape)}
 
 
 class _Decoder:
     def __init__(self, tensors: Mapping[str, Tensor]) -> None:
         self._tensors = tensors
-        self._made: dict[tuple[str, Any], Tensor] = {}
+        self._made: dict[Any, Tensor] = {}
 
     def tree(self, form: Any) -> Any:
         if isinstance(form, list):
@@ -140,22 +148,30 @@ class _Decoder:
             case "dict":
                 return {self.tree(key): self.tree(inner) for key, inner in form["pairs"]}
             case "tensor":
-                return self._tensor(form["name"], form.get("stride"))
+                return self._tensor(form, form.get("stride"))
             case "array":
-                return self._tensors[form["name"]].numpy()
+                return self._slice(form).numpy()
             case "scalar":
-                return self._tensors[form["name"]].numpy()[()]
+                return self._slice(form).numpy()[()]
             case "generator":
                 generator = torch.Generator(device=form["device"])
-                generator.set_state(self._tensors[form["name"]])
+                generator.set_state(self._slice(form))
                 return generator
             case kind:
                 raise ValueError(f"A tree's form can't be read: the kind {kind!r} is unknown.")
 
-    def _tensor(self, name: str, stride: list[int] | None) -> Tensor:
-        key = (name, None if stride is None else tuple(stride))
-        if key not in self._made:
-            value = self._tensors[name]
+    def _slice(self, form: Mapping[str, Any]) -> Tensor:
+        """A tensor in memory of its own."""
+        flat, begin, shape = self._tensors[form["in"]], int(form["at"]), [int(size) for size in form["shape"]]
+        end = begin + math.prod(shape)
+        if not 0 <= begin <= end <= flat.numel() or min(shape, default=0) < 0:
+            raise ValueError(f"A tree's form can't be read: {form['in']} ends before {end}.")
+        return flat[begin:end].clone().reshape(shape)
+
+    def _tensor(self, form: Mapping[str, Any], stride: list[int] | None) -> Tensor:
+        key = (form["in"], form["at"], tuple(form["shape"]), None if stride is None else tuple(stride))
+        if key not in self._made or not self._made[key].numel():
+            value = self._slice(form)
             if stride is not None:
                 value = torch.empty_strided(value.shape, stride, dtype=value.dtype).copy_(value)
             self._made[key] = value
@@ -165,6 +181,11 @@ class _Decoder:
 def fresh_copy(value: Tensor) -> Tensor:
     """A contiguous copy on the CPU, in memory of its own."""
     return torch.empty(value.shape, dtype=value.dtype).copy_(value.detach())
+
+
+@cache
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 @cache
