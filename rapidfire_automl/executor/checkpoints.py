@@ -13,6 +13,7 @@ what they can plant is data, never code.
 from __future__ import annotations
 
 import errno
+import gc
 import hashlib
 import json
 import logging
@@ -107,8 +108,14 @@ def pack(snapshot: Snapshot) -> Packed:
     Raises:
         TypeError: Something in it has neither a safetensors nor a JSON form; its path is named.
     """
-    form, tensors = encode(dict(snapshot.tree))
-    adapter = {name: fresh_copy(x) for name, x in snapshot.adapter.items()}
+    collects = gc.isenabled()
+    gc.disable()  # thousands of small objects that stay would set it off, and it would look at all there are
+    try:
+        form, tensors = encode(dict(snapshot.tree))
+        adapter = {name: fresh_copy(x) for name, x in snapshot.adapter.items()}
+    finally:
+        if collects:
+            gc.enable()
     for name, plain in (("config", snapshot.config), ("meta", snapshot.meta)):
         try:
             json.dumps(plain, allow_nan=False)

@@ -34,7 +34,8 @@ def encode(tree: Any) -> tuple[Any, dict[str, Tensor]]:
         TypeError: Something has neither a safetensors nor a JSON form; the message names its path in the tree.
     """
     encoder = _Encoder()
-    return encoder.form(tree, ()), encoder.copies()
+    with torch.no_grad():
+        return encoder.form(tree, ()), encoder.copies()
 
 
 def decode(form: Any, tensors: Mapping[str, Tensor]) -> Any:
@@ -50,7 +51,7 @@ class _Encoder:
     def __init__(self) -> None:
         self._kept: defaultdict[torch.dtype, list[Tensor]] = defaultdict(list)
         self._ends: defaultdict[torch.dtype, int] = defaultdict(int)
-        self._places: dict[Any, dict[str, Any]] = {}
+        self._forms: dict[Any, dict[str, Any]] = {}
 
     def copies(self) -> dict[str, Tensor]:
         """What was kept, by the dtype's name."""
@@ -95,14 +96,15 @@ class _Encoder:
             raise _no_form(path, "a sparse, quantized, nested or meta tensor")
         if not _has_form(value.dtype):
             raise _no_form(path, f"a tensor of {value.dtype}")
-        value = value.detach()
-        seen = (value.data_ptr(), value.shape, value.stride(), value.dtype, value.device)
-        place = self._places.get(seen) if value.numel() else None
-        if place is None:
-            place = self._places[seen] = self._keep(value)
-        form = {_KIND: "tensor", **place}
-        if not value.is_contiguous() and torch.empty_like(value).stride() == value.stride():
-            form["stride"] = list(value.stride())
+        strides = value.stride()
+        seen = (value.data_ptr(), value.shape, strides, value.dtype, value.device)
+        form = self._forms.get(seen)
+        if form is None:
+            form = {_KIND: "tensor", **self._keep(value)}
+            if not value.is_contiguous() and torch.empty_like(value).stride() == strides:
+                form["stride"] = list(strides)
+            if value.numel():  # else other tensors, too, are at its address
+                self._forms[seen] = form
         return form
 
     def _array(self, value: Any, path: tuple[str, ...]) -> Any:
