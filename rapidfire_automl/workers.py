@@ -147,6 +147,11 @@ def rhythm(study: optuna.Study) -> tuple[float, float]:
     return heartbeat_s, grace_s
 
 
+def are_left(study: optuna.Study) -> bool:
+    """Whether any trial waits or trains, with whomever."""
+    return any(not trial.state.is_finished() for trial in attempts.counted(study.get_trials(deepcopy=False)))
+
+
 # -- taking ------------------------------------------------------------------------------------------------------------
 
 

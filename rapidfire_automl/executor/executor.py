@@ -371,6 +371,8 @@ class RapidFireExecutor(Controls):
             self._search(Claims(crew, loop.take_up, timeout_s), loop.retire)
             if self._stopping:
                 crew.end_for_all()
+            elif not workers.are_left(study):
+                self._survival.keeping.over()
         finally:
             self._survival.close()
         self._raise_if_all_failed(loop.numbers)

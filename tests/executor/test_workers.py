@@ -69,6 +69,8 @@ def counted_once(*workers: Process) -> None:
 def test_a_killed_workers_trials_are_taken_over(alone: dict[int, dict[str, Any]], tmp_path: Path, where: str) -> None:
     """Two processes on one SQLite file; nothing of "database is locked" is heard of."""
     storage = f"sqlite:///{tmp_path / 'study.db'}"
+    inherited = tmp_path / "clones" / "a-command"
+    inherited.mkdir(parents=True)
     dies = Process(tmp_path, storage, where, name="dies", step_s=0.1)
     lives = Process(tmp_path, storage, name="lives", step_s=0.1)
     dies.killed()
@@ -78,6 +80,7 @@ def test_a_killed_workers_trials_are_taken_over(alone: dict[int, dict[str, Any]]
     assert {trial["attempt"] for trial in found.values()} == {1, 2}
     same(found, alone, (0, 1))
     assert "locked" not in dies.err + lives.err
+    assert not inherited.exists()
     assert all(event["data"]["attempt"] == 2 for event in lives.of_kind("trial_resumed"))
 
 
