@@ -45,7 +45,7 @@ from typing import Any, Literal
 
 from rapidfire_automl.hints import nearest
 
-VERBS = ("pause", "resume", "stop", "clone", "add", "extend", "set-policy", "cancel")
+VERBS = ("pause", "resume", "stop", "clone", "add", "extend", "set-policy", "checkpoint", "cancel")
 OF_A_TRIAL = ("pause", "resume", "stop", "clone", "extend")
 """Verbs that name a trial; the others must not."""
 OWN_SOURCE = "Python"
@@ -267,6 +267,10 @@ class Controls:
             arguments: The policy's.
         """
         return self._send(Command("set-policy", None, {"name": policy, "arguments": arguments}))
+
+    def checkpoint(self) -> Sent:
+        """Have every trial that trains put on disk at the end of its step, besides the end of each chunk."""
+        return self._send(Command("checkpoint"))
 
     def cancel(self) -> Sent:
         """End the search at once; what has finished stays, and the adapters of trials under way are saved as they are.

@@ -53,6 +53,7 @@ class Panel(Controls):
             "add": lambda: self.add(_values(self.changes.value)),
             "extend": lambda: self.extend(self._trial(), self.chunks.value),
             "set-policy": lambda: self.set_policy(self.policy.value.strip() or None, **_values(self.changes.value)),
+            "checkpoint": lambda: self.checkpoint(),
             "cancel": lambda: self.cancel(),
         }
         self.buttons = {verb: ipywidgets.Button(description=verb) for verb in verbs}
@@ -65,7 +66,7 @@ class Panel(Controls):
                 row([self.trial, *(self.buttons[verb] for verb in ("pause", "resume", "stop"))]),
                 row([self.changes, self.warm_start, self.buttons["clone"], self.buttons["add"]]),
                 row([self.chunks, self.buttons["extend"], self.policy, self.buttons["set-policy"]]),
-                row([self.buttons["cancel"]]),
+                row([self.buttons["checkpoint"], self.buttons["cancel"]]),
                 self.message,
             ]
         )

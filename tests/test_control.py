@@ -30,6 +30,7 @@ GOOD: dict[str, dict[str, Any]] = {
     "add": {"arguments": {"set": {"lr": 1e-4}}},
     "extend": {"trial": 3, "arguments": {"chunks": 2}},
     "set-policy": {"arguments": {"name": "asha", "arguments": {"reduction_factor": 3}}},
+    "checkpoint": {},
     "cancel": {},
 }
 
@@ -326,6 +327,7 @@ def test_the_verbs_are_one_set(tmp_path: Path) -> None:
     controls.add({"lr": 1.0})
     controls.extend(1, 2)
     controls.set_policy("asha")
+    controls.checkpoint()
     controls.cancel()
     assert tuple(command.verb for command in sent) == VERBS
 

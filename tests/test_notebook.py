@@ -63,6 +63,7 @@ def test_every_button_sends_its_verb() -> None:
         ("add", None, {"set": changes}),
         ("extend", 1, {"chunks": 3}),
         ("set-policy", None, {"name": "asha", "arguments": changes}),
+        ("checkpoint", None, {}),
         ("cancel", None, {}),
     ]
     shown.changes.value = "nonsense"

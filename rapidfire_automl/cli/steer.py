@@ -98,12 +98,17 @@ def set_policy(
     _steer(lambda search: search.set_policy(name, **_values(arguments)), run, study, storage, wait)
 
 
+def checkpoint(run: Run = None, study: Study = None, storage: Storage = None, wait: Wait = WAIT_S) -> None:
+    """Put every trial that trains on disk, at the end of its step."""
+    _steer(lambda search: search.checkpoint(), run, study, storage, wait)
+
+
 def cancel(run: Run = None, study: Study = None, storage: Storage = None, wait: Wait = WAIT_S) -> None:
     """End the search; what has finished stays."""
     _steer(lambda search: search.cancel(), run, study, storage, wait)
 
 
-COMMANDS: tuple[Callable[..., None], ...] = (pause, resume, stop, clone, add, extend, set_policy, cancel)
+COMMANDS: tuple[Callable[..., None], ...] = (pause, resume, stop, clone, add, extend, set_policy, checkpoint, cancel)
 
 
 def _steer(

@@ -43,6 +43,8 @@ class Arm:
         extensions: Steps at which it is to be extended as it was before, and where its chunks end then.
         attempt: Which attempt at the trial this is, from 1.
         lost: Whether other workers have taken it over: nothing it says counts any more.
+        logged: Entries of its trainer's log that belong to earlier chunks.
+        save_due: Whether its state is wanted on the disk at the end of its step.
     """
 
     trial: optuna.Trial
@@ -60,7 +62,9 @@ class Arm:
     chunk_seconds: float = 0.0
     chunk_tokens: int = 0
     chunk_generated: int = 0
+    logged: int = 0
     step: int = 0
+    save_due: bool = False
     trained: int = 0
     judged: int = 0
     reported: int = 0
@@ -100,6 +104,11 @@ class Arm:
             return 1.0
         start = ends[chunk - 1] if chunk else 0
         return (step - start) / (ends[chunk] - start)
+
+    def within_chunk(self) -> dict[str, Any]:
+        """How far it has come in its chunk, for a checkpoint."""
+        names = ("step", "chunk_seconds", "chunk_tokens", "chunk_generated", "logged")
+        return {name: getattr(self, name) for name in names}
 
     def generator(self, device: torch.device) -> torch.Generator:
         """A generator on a device, in the trial's present state."""

@@ -202,6 +202,7 @@ class Commands:
             "add": self._newcomers.add,
             "extend": lambda command: extending.extend(self._standing.arm(command), command, self._keeping),
             "set-policy": self._set_policy,
+            "checkpoint": self._checkpoint,
             "cancel": self._end_search,
         }
         try:
@@ -278,6 +279,17 @@ class Commands:
             message = f"The policy that was set by hand can't be set again, the search's own judges: {error}"
             logger.warning(message)
             self._tell("warning", None, message=message)
+
+    def _checkpoint(self, command: Command) -> str:
+        if not self._keeping.is_on:
+            raise Refused("this search keeps no checkpoints: it needs an output folder and a study that is stored")
+        arms = [arm for arm in self._standing.arms if arm.has_slot and not arm.done]
+        for arm in arms:
+            arm.save_due = True
+        if not arms:
+            return "no trial trains: all are on disk as of their last chunk"
+        numbers = ", ".join(str(arm.number) for arm in arms)
+        return f"on disk at the end of their step: {numbers}; others are as of their last chunk"
 
     def _end_search(self, command: Command) -> str:
         self._cancel()

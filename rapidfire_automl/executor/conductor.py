@@ -95,7 +95,7 @@ class Conductor:
         commands.attach(self)
         self._arms: list[Arm] = []
         self._idle = threading.Event()
-        self._cancelled = False
+        self._cancelled = self._leaving = False
         self._asked = 0
 
     @property
@@ -122,6 +122,8 @@ class Conductor:
 
     def submit(self, arm: Arm, request: Any) -> Any:
         """File a request, give the baton back, and wait for the answer."""
+        if self._leaving and isinstance(request, Boundary):
+            raise Leave
         arm.request = request
         self._asked += 1
         arm.asked = self._asked
@@ -164,14 +166,23 @@ class Conductor:
         """End the search: every arm leaves at its next request. Callable from any thread, signal handlers too."""
         self._cancelled = True
 
+    def wind_up(self) -> None:
+        """End the search: every arm leaves at the end of its step, its state on disk. Callable as `cancel`."""
+        self._leaving = True
+
     def renew(self) -> None:
         """Make ready for another search after one was cancelled."""
-        self._cancelled = False
+        self._cancelled = self._leaving = False
 
     @property
     def cancelled(self) -> bool:
         """Whether `cancel` was called."""
         return self._cancelled
+
+    @property
+    def leaving(self) -> bool:
+        """Whether `wind_up` was called."""
+        return self._leaving
 
     # -- the conductor's thread --------------------------------------------------------------------------------------
 
@@ -185,7 +196,7 @@ class Conductor:
         """
         self._end_judged(home)  # what an earlier process has decided
         self._retire(retire)
-        while not self._cancelled:
+        while not (self._cancelled or self._leaving):
             self._between_turns([])
             self._end_judged(home)
             self._retire(retire)
@@ -199,7 +210,7 @@ class Conductor:
             by_hand = [arm for arm in self._arms if arm.ruling is not None]
             if holders:
                 self._drive(holders, home, self._between_turns)
-                if not self._cancelled:
+                if not (self._cancelled or self._leaving):
                     self._close_round([arm for arm in holders if not arm.done])
             elif len(by_hand) < len(self._arms) and (source.exhausted or room <= 0):
                 self._wake_or_end()
@@ -211,6 +222,7 @@ class Conductor:
                 self._commands.wait(by_hand)
             self._end_judged(home)
             self._retire(retire)
+        self._cancelled = True
         self._dismiss(retire)
 
     def _between_turns(self, driven: list[Arm]) -> list[Arm]:

@@ -92,7 +92,9 @@ class Unfinished:
         arm = make(self.trial, self.record)
         arm.judged, arm.final, arm.restored = self.judged, self.final, self.restored
         arm.trained, arm.ruling, arm.extensions = self.restored.trained, self.ruling, self.extensions
-        arm.step = arm.record.boundaries[arm.trained - 1] if arm.trained else 0
+        if self.restored.snapshot is not None:
+            for name, value in self.restored.snapshot.tree["within"].items():
+                setattr(arm, name, value)
         return arm
 
 
@@ -292,10 +294,10 @@ class Durability:
         return self._on
 
     def save(self, arm: Arm, trainer: Any, take: Callable[[], Snapshot]) -> None:
-        """Hand a trial's state to the writer.
+        """Hand a trial's state to the writer; it takes the place of an earlier one in the same chunk.
 
         Args:
-            arm: At a boundary, its chunk recorded.
+            arm: At a boundary, its chunk recorded, or at the end of another step.
             trainer: Its trainer.
             take: Gives the trainer's state.
         """
@@ -309,6 +311,7 @@ class Durability:
             "record": to_tree(arm.record),
             "data": self._data(arm.number, trainer),
             "trained": arm.trained,
+            "within": arm.within_chunk(),
         }
         folder = chunk_folder(self._checkpoints(arm.number, arm.attempt), arm.trained)
         self._writer.submit(folder, replace(snapshot, tree=tree))

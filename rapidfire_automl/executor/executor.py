@@ -58,6 +58,9 @@ from rapidfire_policies.base import TrialState
 
 logger = logging.getLogger("rapidfire_automl")
 
+_WIND_UP_S = 20.0
+"""After SIGTERM trials have so long to finish their step: who sends it often kills after 30 s."""
+
 
 class RapidFireExecutor(Controls):
     """Trains all live trials of a study together, chunk by chunk, as adapters on one shared frozen base.
@@ -520,9 +523,13 @@ class RapidFireExecutor(Controls):
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         """End the search, and do what would have been done without it; the second time, without waiting for trials."""
-        if self._conductor is not None:
-            self._hurry = self._conductor.cancelled
-            self._conductor.cancel()
+        conductor = self._conductor
+        if conductor is not None:
+            self._hurry = conductor.cancelled or conductor.leaving
+            if number == signal.SIGTERM and not self._hurry and self._survival.is_on:
+                conductor.wind_up()
+            else:
+                conductor.cancel()
         if self._storage is not None:
             self._storage.give_up()
         if number == signal.SIGTERM:
@@ -573,6 +580,8 @@ class RapidFireExecutor(Controls):
             while not self._finished.wait(0.2):
                 pass
         except BaseException:
+            if self._conductor.leaving:
+                self._finished.wait(_WIND_UP_S)
             self._conductor.cancel()
             self._finished.wait()
             raise

@@ -31,6 +31,11 @@ class Keeping:
     def __init__(self, durability: Durability | None) -> None:
         self._durability = durability
 
+    @property
+    def is_on(self) -> bool:
+        """Whether anything is kept."""
+        return self._durability is not None and self._durability.is_on
+
     def ruled(self, verdicts: Sequence[tuple[int, int, str, str]], command: Command, text: str) -> frozenset[int]:
         """A person has decided of trials: `(trial, chunk, verdict, reason)` each.
 
@@ -61,7 +66,8 @@ class Keeping:
         Raises:
             OSError: It could not be written.
         """
-        if self._durability is not None and self._durability.is_on:
+        if self.is_on:
+            assert self._durability is not None
             folder = self._durability.folder / CLONES / command
             checkpoints.write(checkpoints.chunk_folder(folder, 0), warmstart.to_snapshot(warm))
 

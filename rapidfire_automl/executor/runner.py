@@ -264,6 +264,7 @@ class Runner:
             record=self.record,
             durable=lambda: self.survival.is_on,
             save=self.survival.save,
+            leaving=lambda: self.conductor.leaving,
             measure_base=take_base,
             keep_base=keep_base,
             check=base.check_arm,

@@ -18,7 +18,7 @@ from rapidfire_automl import failpoints
 from rapidfire_automl.chunks import chunk_boundaries, generation_boundaries
 from rapidfire_automl.disk import is_full
 from rapidfire_automl.executor import enqueueing, extending, seams, warmstart
-from rapidfire_automl.executor.arm import Arm, Halt
+from rapidfire_automl.executor.arm import Arm, Halt, Leave
 from rapidfire_automl.executor.checkpoints import Snapshot
 from rapidfire_automl.executor.context import generators_of_its_own
 from rapidfire_automl.executor.evaluation import Evaluator
@@ -45,6 +45,7 @@ class Host:
         record: Takes down what a chunk has come to.
         durable: Whether trials are to survive the process.
         save: Puts an arm's state on disk.
+        leaving: Whether every trial is to leave at the end of its step.
         measure_base: Whether this arm is to measure the untrained base: the first, or the next if that fails.
         keep_base: Takes what it measured, or None if it failed.
         check: Raises if the base's tensors were touched, or the arm's were replaced.
@@ -65,6 +66,7 @@ class Host:
     record: Callable[[Arm, tuple[float, ...], Any, Mapping[str, float]], None]
     durable: Callable[[], bool]
     save: Callable[[Arm, Trainer, Callable[[], Snapshot]], None]
+    leaving: Callable[[], bool]
     measure_base: Callable[[], bool]
     keep_base: Callable[[Any], None]
     check: Callable[[Arm], None]
@@ -87,7 +89,6 @@ class ChunkCallback(TrainerCallback):
         self._host = host
         self.durable: seams.Durable | None = None
         self._due = False
-        self._logged = 0
         self.step_begins = False
         self.warm: warmstart.WarmStart | None = None
 
@@ -125,7 +126,8 @@ class ChunkCallback(TrainerCallback):
                     measured = host.evaluator.measure(self._trainer, minimize=arm.minimize)
             finally:
                 host.keep_base(measured)
-        self._logged = len(state.log_history)
+        if arm.restored is None or arm.restored.snapshot is None:
+            arm.logged = len(state.log_history)
 
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -159,10 +161,25 @@ class ChunkCallback(TrainerCallback):
         done = arm.trained
         host.tell("step", arm, step=state.global_step, max_steps=state.max_steps)
         if done >= len(record.boundaries) or state.global_step < record.boundaries[done]:
+            self._save_between()
             return
         self._due = True
         if not control.should_log:
             self._close_chunk(state, control)
+
+    def _save_between(self) -> None:
+        """In the middle of a chunk: onto the disk where somebody wants that, and away where the search is left."""
+        arm, host = self._arm, self._host
+        leaves = host.leaving()
+        if not (leaves or arm.save_due):
+            return
+        arm.save_due = False
+        host.check(arm)
+        arm.charge_baton()
+        if self.durable is not None:
+            host.save(arm, self._trainer, self.durable.capture)
+        if leaves:
+            raise Leave
 
     def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """The boundary's step has been logged."""
@@ -184,7 +201,7 @@ class ChunkCallback(TrainerCallback):
         if arm.walks is not None:
             arm.walks.refresh()
         flags = dict(vars(control))
-        metrics = _means(state.log_history[self._logged :])
+        metrics = _means(state.log_history[arm.logged :])
         arm.trained = chunk = arm.trained + 1
         known = chunk <= len(arm.record.values)  # reported before a kill; its checkpoint was lost, and maybe its scores
         if not known or not len(arm.record.scores[chunk - 1]):
@@ -195,7 +212,7 @@ class ChunkCallback(TrainerCallback):
                 arm.record.scores[chunk - 1] = measured.scores
             else:
                 host.record(arm, measured.vector, measured.scores, metrics)
-        self._logged = len(state.log_history)
+        arm.logged, arm.save_due = len(state.log_history), False
         if self.durable is not None:
             host.save(arm, self._trainer, self.durable.capture)
         if chunk > arm.judged:

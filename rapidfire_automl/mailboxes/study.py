@@ -108,7 +108,7 @@ class StudyMailbox:
                 command = Command.from_json(attributes[key])
                 if command.id != name:
                     raise ControlError(f"its id is {command.id}")
-                if answered and command.verb != "set-policy":
+                if answered and command.verb not in ("set-policy", "checkpoint"):
                     continue
             except (ControlError, TypeError) as error:
                 _log.warning("The study's attribute %s is no command and is ignored: %s", key, error)

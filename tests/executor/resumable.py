@@ -46,6 +46,7 @@ def run(
     lowest: float = 1e-4,
     hidden: int = 32,
     term_at: int | None = None,
+    checkpoint_at: int | None = None,
     steered: bool = False,
     more: bool = False,
     wide: bool = False,
@@ -112,12 +113,16 @@ def run(
         if event.kind != "step":
             return
         step = next(steps)
+        if step == checkpoint_at:
+            executor.checkpoint()
         if step == term_at:
             os.kill(os.getpid(), signal.SIGTERM)
         if step == lifted_at:
             resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
     executor.add_listener(term)
+    if checkpoint_at is not None:
+        executor.add_listener(_killer(checkpoints=2))
     with EventLog(folder / FILE) as log:
         executor.add_listener(log)
         with executor:
@@ -145,6 +150,18 @@ def run(
         "commands": script.effects(),
         "judges": sorted({data["by"] for kind, _, data in events if kind == "verdict"}),
     }
+
+
+def _killer(checkpoints: int) -> Callable[[Event], None]:
+    """A listener that kills the process when so many checkpoints of trials are written."""
+    written = itertools.count(1)
+
+    def kill(event: Event) -> None:
+        of_trial = event.kind == "checkpoint" and "trials" in event.data["folder"]
+        if of_trial and next(written) == checkpoints:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    return kill
 
 
 def _sha256(adapter: str | None) -> str | None:

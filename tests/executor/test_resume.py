@@ -8,6 +8,7 @@ import random
 import re
 import signal
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from rapidfire_automl.event_log import read_events
 from rapidfire_automl.executor.journal import FolderInUse, Journal, SearchDiffers
 from rapidfire_automl.failpoints import FailpointError
 from rapidfire_policies import Decision, Verdict
@@ -128,10 +130,32 @@ def test_killed_at_any_moment(whole: Whole, tmp_path: Path, seed: int) -> None:
 
 
 @pytest.mark.slow
-def test_sigterm_leaves_a_search_that_goes_on(whole: Whole, tmp_path: Path) -> None:
-    process = start(tmp_path, policy="promotion", term_at=9)
+@pytest.mark.parametrize("step", [7, 8, 9])
+def test_sigterm_leaves_a_search_that_goes_on(whole: Whole, tmp_path: Path, step: int) -> None:
+    """Every trial finishes its step and is on disk as of then: no step is done again."""
+    process = start(tmp_path, policy="promotion", term_at=step)
     assert process.wait() == 128 + signal.SIGTERM, process.err
+    assert len(steps(tmp_path)) <= step + 3, "two trials train, each to the end of its step"
     assert_same(start(tmp_path, policy="promotion").result(), whole("promotion", True))
+    assert max(Counter(steps(tmp_path)).values()) == 1
+
+
+@pytest.mark.slow
+def test_a_checkpoint_on_request(whole: Whole, tmp_path: Path) -> None:
+    """In the first chunk, of four steps; killed when it is written, nothing up to there is done again."""
+    start(tmp_path, policy="promotion", checkpoint_at=3).killed()
+    assert all((tmp_path / "out" / "trials" / str(number) / "checkpoints" / "chunk-0000").exists() for number in (0, 1))
+    [told] = [line.event for line in read_events(tmp_path / "out").lines if line.event.kind == "command"]
+    assert told.data["effect"] == "applied" and "0, 1" in told.data["text"]
+    assert_same(start(tmp_path, policy="promotion").result(), whole("promotion", True))
+    again = {step for step, times in Counter(steps(tmp_path)).items() if times > 1}
+    assert again.isdisjoint({(0, 1), (0, 2), (0, 3), (1, 1), (1, 2)})
+
+
+def steps(folder: Path) -> list[tuple[int | None, int]]:
+    """Of all attempts: trial and step."""
+    lines = read_events(folder / "out").lines
+    return [(line.event.trial, line.event.data["step"]) for line in lines if line.event.kind == "step"]
 
 
 # -- in this process: what is on the disk, and what is refused ---------------------------------------------------------
