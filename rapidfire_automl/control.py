@@ -23,6 +23,7 @@ Each race has one answer:
 | a command sent to an earlier attempt of the search (before a restart) | refused as stale, unless it was applied |
 | the search is killed when a command has taken effect | it goes on with that; the command is not applied once more |
 | the search is killed before a cancel has ended it | run again, it goes on; the cancel is stale |
+| checkpoint while a trial is paused | it stays on disk as of its last chunk, or where it was last put there |
 | a trial that rolls out (GRPO, RLOO) | a stop takes it out after the next token, a pause waits for the rollout's end |
 | a command that arrives after the end | refused: the search has ended |
 | a command for a trial that trains in another process | left alone for that process |

@@ -1,9 +1,10 @@
 """What makes a search survive its process: checkpoints of its trials, a journal of its decisions, and how it goes on.
 
-At a boundary a trial's whole state is handed to a writer, which works while others train. Its verdict is in the journal
-before it takes effect. After a kill each trial goes on from its newest checkpoint that is whole: what was judged later
-is not judged again, only trained again; what was trained but not judged is judged first. A trial's checkpoint is on the
-disk before its next chunk is done, so at most one chunk of each trial, and what had begun of the next, is done twice.
+At a boundary a trial's whole state is handed to a writer, which works while others train; also at the end of another
+step where somebody asks for that, or SIGTERM ends the search. Its verdict is in the journal before it takes effect.
+After a kill each trial goes on from its newest checkpoint that is whole: what was judged later is not judged again,
+only trained again; what was trained but not judged is judged first. A trial's checkpoint is on the disk before its next
+chunk is done, so at most one chunk of each trial, and what had begun of the next, is done twice.
 """
 
 from __future__ import annotations

@@ -11,6 +11,7 @@ import resource
 import signal
 import sys
 import time
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -107,22 +108,13 @@ def run(
         executor.add_listener(script)
     events = []
     executor.add_listener(lambda event: events.append((event.kind, event.trial, dict(event.data))))
-    steps = itertools.count(1)
-
-    def term(event: Event) -> None:
-        if event.kind != "step":
-            return
-        step = next(steps)
-        if step == checkpoint_at:
-            executor.checkpoint()
-        if step == term_at:
-            os.kill(os.getpid(), signal.SIGTERM)
-        if step == lifted_at:
-            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-
-    executor.add_listener(term)
-    if checkpoint_at is not None:
-        executor.add_listener(_killer(checkpoints=2))
+    moments: dict[int | None, Callable[[], Any]] = {
+        term_at: lambda: os.kill(os.getpid(), signal.SIGTERM),
+        lifted_at: lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard)),
+        checkpoint_at: executor.checkpoint,
+    }
+    executor.add_listener(_at_steps(moments))
+    executor.add_listener(_killer(checkpoints=0 if checkpoint_at is None else 2))
     with EventLog(folder / FILE) as log:
         executor.add_listener(log)
         with executor:
@@ -150,6 +142,17 @@ def run(
         "commands": script.effects(),
         "judges": sorted({data["by"] for kind, _, data in events if kind == "verdict"}),
     }
+
+
+def _at_steps(moments: Mapping[int | None, Callable[[], Any]]) -> Callable[[Event], None]:
+    """A listener that does something at the search's n-th step."""
+    steps = itertools.count(1)
+
+    def do(event: Event) -> None:
+        if event.kind == "step" and (what := moments.get(next(steps))) is not None:
+            what()
+
+    return do
 
 
 def _killer(checkpoints: int) -> Callable[[Event], None]:
