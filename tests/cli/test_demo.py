@@ -28,7 +28,7 @@ def faked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (tmp_path / "base" / "config.json").write_text('{"model_type": "llama"}')
     monkeypatch.setattr(material, "base_path", lambda: tmp_path / "base")
     monkeypatch.setattr(material, "write_data", write_data)
-    monkeypatch.setattr(material, "exact_answers", lambda base, adapter, rows: (41 if adapter else 2, len(rows)))
+    monkeypatch.setattr(material, "exact_answers", lambda base, adapter, rows, dtype: (41 if adapter else 2, len(rows)))
     monkeypatch.setattr(
         program, "build_executor", lambda p: FakeExecutor(p.settings.search.slots, p.settings.search.chunks)
     )
