@@ -24,16 +24,18 @@ import threading
 import time
 import weakref
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import optuna
 from optuna.storages import BaseStorage, InMemoryStorage
-from optuna.storages._heartbeat import BaseHeartbeat
+from optuna.storages._heartbeat import BaseHeartbeat, is_heartbeat_enabled
 from optuna.trial import FrozenTrial
 from optuna.trial import TrialState as OptunaState
 
 from rapidfire_automl import errors_of_storages
 from rapidfire_automl.attempts import TOKEN_ATTR
+from rapidfire_automl.exclusive import Exclusively, exclusively
 
 logger = logging.getLogger("rapidfire_automl")
 
@@ -53,8 +55,11 @@ class StorageAway(RuntimeError):
 
 
 def _delegate(name: str) -> Callable[..., Any]:
+    reads = name.removeprefix("_").startswith("get_")
+
     def call(self: PatientStorage, *args: Any, **kwargs: Any) -> Any:
-        return self._patiently(lambda tries: getattr(self.inner, name)(*args, **kwargs))
+        with nullcontext() if reads else self._exclusively():
+            return self._patiently(lambda tries: getattr(self.inner, name)(*args, **kwargs))
 
     call.__name__ = name
     return call
@@ -70,6 +75,7 @@ class PatientStorage(BaseStorage, BaseHeartbeat):
         say_after_s: For how long nothing is said.
         hang_up: Breaks the connections of calls that get no answer, from another thread; without it they can only be
             waited for.
+        exclusively: What calls that write are in (`exclusive.py`).
 
     Raises:
         StorageAway: From any call, when the time is over; the last error is its cause.
@@ -83,6 +89,7 @@ class PatientStorage(BaseStorage, BaseHeartbeat):
         alone: bool = True,
         say_after_s: float = _SAY_AFTER_S,
         hang_up: Callable[[], None] | None = None,
+        exclusively: Exclusively = nullcontext,
     ) -> None:
         self.inner = inner
         self.patience_s = patience_s
@@ -96,6 +103,7 @@ class PatientStorage(BaseStorage, BaseHeartbeat):
         self._reason = ""
         self._jitter = random.Random(secrets.randbits(32))
         self._hang_up = hang_up
+        self._exclusively = exclusively
         self._calls: dict[int, float] = {}
         self._watcher: threading.Thread | None = None
 
@@ -234,7 +242,8 @@ class PatientStorage(BaseStorage, BaseHeartbeat):
                 trial_id = self._made(study_id, token)[0]
             return trial_id
 
-        created: int = self._patiently(create)
+        with self._exclusively():
+            created: int = self._patiently(create)
         return created
 
     def _made(self, study_id: int, token: str) -> list[int]:
@@ -254,7 +263,8 @@ class PatientStorage(BaseStorage, BaseHeartbeat):
                 return True
             return done or (tries > 0 and self.alone and state == OptunaState.RUNNING)
 
-        return bool(self._patiently(set_it))
+        with self._exclusively():
+            return bool(self._patiently(set_it))
 
     # -- what can ------------------------------------------------------------------------------------------------------
 
@@ -313,7 +323,8 @@ def patient(study: optuna.Study, *, patience_s: float) -> PatientStorage | None:
         return None
     if not isinstance(inner, PatientStorage):
         engine = getattr(getattr(inner, "_backend", None), "engine", None)
-        inner = study._storage = PatientStorage(inner)
+        alone = not is_heartbeat_enabled(inner)
+        inner = study._storage = PatientStorage(inner, alone=alone, exclusively=exclusively(engine))
         if engine is not None:
             errors_of_storages.watch(engine, inner.failed)
     inner.patience_s = patience_s

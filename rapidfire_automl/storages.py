@@ -15,6 +15,7 @@ from optuna.storages import BaseStorage, RDBStorage, RetryHeartbeatStaleTrialCal
 from optuna.storages.journal import JournalFileBackend, JournalFileSymlinkLock
 
 from rapidfire_automl.errors_of_storages import hanging_up, reason_of, redacted, watch
+from rapidfire_automl.exclusive import exclusively
 from rapidfire_automl.patience import PATIENCE_S, PatientStorage
 
 HEARTBEAT_S, GRACE_S = 30, 120
@@ -80,7 +81,11 @@ def open_storage(
     backend = _database(url, heartbeat_s, grace_s)
     inner = optuna.storages.get_storage(backend)
     storage = PatientStorage(
-        inner, patience_s=patience_s, alone=heartbeat_s is None, hang_up=hanging_up(backend.engine)
+        inner,
+        patience_s=patience_s,
+        alone=heartbeat_s is None,
+        hang_up=hanging_up(backend.engine),
+        exclusively=exclusively(backend.engine),
     )
     watch(backend.engine, storage.failed)
     return storage

@@ -149,7 +149,12 @@ def rhythm(study: optuna.Study) -> tuple[float, float]:
 
 def are_left(study: optuna.Study) -> bool:
     """Whether any trial waits or trains, with whomever."""
-    return any(not trial.state.is_finished() for trial in attempts.counted(study.get_trials(deepcopy=False)))
+    return any(not trial.state.is_finished() or is_orphan(trial) for trial in attempts.last_attempts(study).values())
+
+
+def is_orphan(trial: FrozenTrial) -> bool:
+    """Whether a last attempt has lost its worker and will be queued again: it was failed, but its end never decided."""
+    return trial.state is OptunaState.FAIL and ended(trial) is None
 
 
 # -- taking ------------------------------------------------------------------------------------------------------------

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import time
 import warnings
 from pathlib import Path
+from typing import Any
 
 import optuna
 import pytest
@@ -18,13 +20,12 @@ from rapidfire_automl.storages import open_storage
 from rapidfire_automl.stories import why
 from tests.executor.forking import Forked
 
-N_TRIALS = 12
+N_TRIALS, N_RACED = 12, 80
 
 
-def study_in(path: str, heartbeat_s: int | None = 1) -> optuna.Study:
+def study_in(path: str, heartbeat_s: int | None = 1, grace_s: int = 3) -> optuna.Study:
     optuna.logging.set_verbosity(optuna.logging.ERROR)
-    grace_s = None if heartbeat_s is None else 3
-    storage = open_storage(path, heartbeat_s=heartbeat_s, grace_s=grace_s)
+    storage = open_storage(path, heartbeat_s=heartbeat_s, grace_s=None if heartbeat_s is None else grace_s)
     return optuna.create_study(study_name="s", storage=storage, load_if_exists=True)
 
 
@@ -56,6 +57,29 @@ def test_two_processes_on_one_sqlite_file_share_a_budget(tmp_path: Path) -> None
     taken = [one.result() for one in both]
     assert sorted([*taken[0], *taken[1]]) == list(range(N_TRIALS))
     assert all("locked" not in one.err for one in both)
+
+
+def take(path: str) -> list[int]:
+    """Take what one can as soon as another is about to; the numbers of the trials."""
+    study, worker = study_in(path, heartbeat_s=60, grace_s=600), workers.Worker.here()
+    workers.fill(study, N_RACED)
+    Path(f"{path}.{worker.name}").touch()
+    while len(list(Path(path).parent.glob(f"{Path(path).name}.*"))) < 2:
+        time.sleep(0.001)
+    mine = []
+    while waiting := workers.claimable(study):
+        trial = workers.claim(study, waiting[0], worker)
+        if trial is not None:
+            mine.append(trial.number)
+    return mine
+
+
+@pytest.mark.slow
+def test_nothing_is_taken_twice_however_they_race(tmp_path: Path) -> None:
+    """Both always want the same one. SQLite by itself would let both read that it waits before either takes it."""
+    both = [Forked(take, str(tmp_path / "study.db")) for _ in range(2)]
+    taken = [number for one in both for number in one.result()]
+    assert len(taken) == len(set(taken)) >= N_RACED
 
 
 def test_a_budget_is_topped_up_and_numbers_have_no_gaps(study: optuna.Study) -> None:
@@ -97,6 +121,8 @@ def test_the_dead_and_the_orphaned_are_found_and_those_that_have_ended_are_not(s
     study.tell(orphan, state=TrialState.FAIL)  # whoever has failed it did not come to queue it again
     ended.set_user_attr(workers.LEDGER_ATTR, {"ended": {"outcome": "failed"}})
     study.tell(ended, state=TrialState.FAIL)
+    storage: Any = study._storage
+    storage.record_heartbeat(lives._trial_id)
     assert sorted(workers.reap(study, ())) == [0, 1]
     assert workers.reap(study, ()) == []
     assert [(t.state.name, attempts.attempt_of(t)) for t in attempts.last_attempts(study).values()] == [
@@ -105,6 +131,32 @@ def test_the_dead_and_the_orphaned_are_found_and_those_that_have_ended_are_not(s
         ("FAIL", 1),
         ("RUNNING", 1),
     ]
+
+
+def test_a_trial_that_is_about_to_be_queued_again_is_waited_for(study: optuna.Study, tmp_path: Path) -> None:
+    """Whoever takes trials from the dead fails them first: another worker's look may fall in between."""
+    from rapidfire_automl.executor.crew import Crew
+
+    worker = workers.Worker.here()
+    workers.fill(study, 1)
+    [waiting] = workers.claimable(study)
+    crew = Crew(study, worker, {}, lambda number: tmp_path, lambda *args, **data: None, lambda reason: None)
+    assert len(crew.claimable()) == 1
+    trial = workers.claim(study, waiting, worker)
+    assert trial is not None
+    study.tell(trial, state=TrialState.FAIL)
+    assert crew.claimable() == []
+    assert (crew.others, crew.training) == (1, 1)
+    assert workers.are_left(study)
+    assert workers.reap(study, ()) == [0]
+    assert len(crew.claimable()) == 1
+    ended = workers.claim(study, workers.claimable(study)[0], worker)
+    assert ended is not None
+    ended.set_user_attr(workers.LEDGER_ATTR, {"ended": {"outcome": "failed"}})
+    study.tell(ended, state=TrialState.FAIL)
+    assert crew.claimable() == []
+    assert (crew.others, crew.training) == (0, 0)
+    assert not workers.are_left(study)
 
 
 def test_a_trial_that_kills_worker_after_worker_is_given_up(study: optuna.Study) -> None:

@@ -84,8 +84,8 @@ class Crew:
 
     def claimable(self) -> list[FrozenTrial]:
         """Trials that wait for somebody; counts what others do, too."""
+        found = workers.claimable(self._study)  # before the look at others: whoever takes one of these is seen there
         self.refresh()
-        found = workers.claimable(self._study)
         self.left = len(found)
         return found
 
@@ -141,7 +141,7 @@ class Crew:
                 continue
             page = trial.user_attrs.get(workers.LEDGER_ATTR) or {}
             past = past_of(number, page)
-            if trial.state is OptunaState.RUNNING:
+            if trial.state is OptunaState.RUNNING or workers.is_orphan(trial):
                 self.others += 1
                 self.training += not waits(past, number)
             reported = len(trial.user_attrs.get(VECTORS_ATTR) or trial.intermediate_values)
