@@ -1,9 +1,10 @@
 """Several workers on one study: who has which trial, who is gone, and what is left to do. Torch-free.
 
 Optuna's storage is the only coordinator. A search's trials wait in it from the start, so that taking one, from WAITING
-to RUNNING, is what the storage does once, whoever asks: no budget is overdrawn. Who has taken a trial lets its heart
-beat; where that has fallen silent for the grace period, any other worker fails the trial and puts a new attempt in its
-place (`attempts.py`). From then on the storage refuses whatever the silent one still has to say about it.
+to RUNNING, is what the storage does once, whoever asks (on SQLite with the help of `exclusive.py`): no budget is
+overdrawn. Who has taken a trial lets its heart beat; where that has fallen silent for the grace period, any other
+worker fails the trial and puts a new attempt in its place (`attempts.py`). From then on the storage refuses whatever
+the silent one still has to say about it.
 """
 
 from __future__ import annotations
