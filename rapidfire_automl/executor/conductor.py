@@ -167,7 +167,7 @@ class Conductor:
         self._cancelled = True
 
     def wind_up(self) -> None:
-        """End the search: every arm leaves at the end of its step, its state on disk. Callable as `cancel`."""
+        """End the search: every arm leaves at the end of its step, its state on disk; callable where `cancel` is."""
         self._leaving = True
 
     def renew(self) -> None:
