@@ -1,4 +1,5 @@
-"""People who steer a search at known moments, the same in every attempt: each command has an id of its own."""
+"""People who steer a search at known moments, the same in every attempt, and who send again what may not have been
+heard: each command has an id of its own, so that it is applied once."""
 
 from __future__ import annotations
 
@@ -35,16 +36,20 @@ AT: tuple[tuple[str, int, Mapping[str, Any], tuple[Command, ...]], ...] = (
 
 
 class Script:
-    """A listener that sends them."""
+    """A listener that sends them: once in each attempt, at their moment or, when the attempt begins after it, at the
+    first of that kind. A command that had no answer when the process was killed may be lost with it."""
 
     def __init__(self, executor: RapidFireExecutor) -> None:
         self._executor = executor
+        self._left = list(AT)
         self.sent: list[Sent] = []
 
     def __call__(self, event: Event) -> None:
         known = {**event.data, "chunk": event.chunk}
-        for kind, trial, data, commands in AT:
-            if (event.kind, event.trial) == (kind, trial) and data.items() <= known.items():
+        for moment in list(self._left):
+            kind, trial, data, commands = moment
+            if (event.kind, event.trial) == (kind, trial) and all(known[name] >= least for name, least in data.items()):
+                self._left.remove(moment)
                 self.sent += [self._executor._send(command) for command in commands]
 
     def effects(self) -> dict[str, str]:
