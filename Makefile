@@ -50,7 +50,7 @@ test: lint
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
 
 test-fast: $(STAMP)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m "not slow"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow"
 
 test-faults: $(STAMP)
 	RAPIDFIRE_FAULTS=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m faults

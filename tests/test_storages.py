@@ -71,6 +71,7 @@ def _tells(path: str, trials: int, limit_bytes: int = 0) -> None:
         study.tell(study.ask(), float(number))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("limit_bytes", [2000, 2001, 2100])
 def test_a_journal_file_waits_for_room(tmp_path: Path, limit_bytes: int) -> None:
     """Half of a line is on the disk when it is full: it is taken back, and nothing is told twice."""

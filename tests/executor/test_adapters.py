@@ -198,10 +198,10 @@ def test_adapters_that_cannot_join_say_why(why: str, base: LlamaForCausalLM) -> 
 @pytest.mark.parametrize(
     "settings",
     [
-        {"init_lora_weights": "pissa"},
-        {"init_lora_weights": "pissa_niter_4"},
-        {"init_lora_weights": "olora"},
-        {"bias": "all"},
+        pytest.param({"init_lora_weights": "pissa"}, marks=pytest.mark.slow),
+        pytest.param({"init_lora_weights": "pissa_niter_4"}, marks=pytest.mark.slow),
+        pytest.param({"init_lora_weights": "olora"}, marks=pytest.mark.slow),
+        pytest.param({"bias": "all"}, marks=pytest.mark.slow),
         {"bias": "lora_only"},
     ],
     ids=str,
@@ -243,6 +243,7 @@ SAVED = {
 }
 
 
+@pytest.mark.slow
 def test_saved_adapters_load_with_plain_peft(base: LlamaForCausalLM, tmp_path: Path) -> None:
     """And give the logits of the trainer's own model, and of the oracle's."""
     ids = torch.arange(4, 28).view(2, 12)

@@ -299,6 +299,7 @@ def assert_unharmed(model: PreTrainedModel, before: dict[str, torch.Tensor]) -> 
     assert not any(parameter.requires_grad for parameter in model.parameters())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("init", ["corda", "lora_ga", "mica"])
 def test_other_ways_to_rewrite_the_base_are_refused(init: str) -> None:
     """Where this version of PEFT knows them."""
@@ -386,6 +387,7 @@ def test_a_trial_that_touches_the_base_fails_alone(name: str, untroubled: Done) 
     assert_unharmed(model, before)
 
 
+@pytest.mark.slow
 def test_a_base_that_was_written_to_is_loaded_again(tmp_path: Path, untroubled: Done) -> None:
     tiny_model().save_pretrained(tmp_path)
     done = beside(touching(write), model=tmp_path)
@@ -395,6 +397,7 @@ def test_a_base_that_was_written_to_is_loaded_again(tmp_path: Path, untroubled: 
         np.testing.assert_allclose(done.losses(number), untroubled.losses(number), rtol=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("threads", [False, True])
 def test_writing_to_a_base_that_cannot_be_loaded_again_ends_the_search_and_names_the_trial(threads: bool) -> None:
     study = study_of(LRS[:4], ASHA())

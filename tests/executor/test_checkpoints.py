@@ -431,6 +431,7 @@ def in_a_process(code: str, folder: Path, **environment: str) -> subprocess.Comp
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("place", "survivor", "left"),
     [("checkpoint.writing", 1.0, 0), ("checkpoint.renaming", 1.0, 1), ("checkpoint.renamed", 2.0, 0)],
@@ -556,6 +557,7 @@ def test_an_error_gives_up_one_and_goes_on(tmp_path: Path, caplog: pytest.LogCap
     assert "writing" in caplog.text and "A listener" in caplog.text
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(
     resource.getrlimit(resource.RLIMIT_FSIZE)[1] != resource.RLIM_INFINITY,
     reason="a limit on files can't be lifted again",

@@ -254,8 +254,8 @@ RARE = (
 """Cases that only `make test-faults` tries."""
 
 
-def some_slow(cases: Mapping[str, Any], fast: str) -> list[Any]:
-    marks = {fast: [pytest.mark.faults]}
+def some_slow(cases: Mapping[str, Any], *fast: str) -> list[Any]:
+    marks = dict.fromkeys(fast, [pytest.mark.faults])
     slow = [pytest.mark.slow, pytest.mark.faults]
     return [pytest.param(name, marks=marks.get(name, slow)) for name in cases if name not in RARE]
 
@@ -266,7 +266,7 @@ def test_sft_goes_on_exactly(name: str, tmp_path: Path) -> None:
     check_goes_on(spec, tmp_path, steps)
 
 
-@pytest.mark.parametrize("name", some_slow(OTHERS, "GRPO, rollouts used twice"))
+@pytest.mark.parametrize("name", some_slow(OTHERS))
 def test_other_trainers_go_on_exactly(name: str, tmp_path: Path) -> None:
     spec, steps = OTHERS[name]
     check_goes_on(spec, tmp_path, steps)
@@ -350,6 +350,7 @@ def test_the_adapter_on_disk_is_peft_s(tmp_path: Path) -> None:
     assert loaded.peft_config["default"].target_modules == {"q_proj", "v_proj"}
 
 
+@pytest.mark.slow
 def test_parameters_stay_views_into_the_bank(tmp_path: Path) -> None:
     """In the executor an adapter lies in the bank, `B` transposed, and fused optimizers want their states alike."""
     oracle = built(Spec(), tmp_path)

@@ -381,6 +381,7 @@ def float64_llama() -> LlamaForCausalLM:
     return model
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_one_step_gradients_in_float64(tmp_path: Path, checkpointing: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """With adapters that already do something, dropout, accumulation, other widths and sites."""

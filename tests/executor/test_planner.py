@@ -76,6 +76,7 @@ def test_after_one_out_of_memory_the_budget_is_halved_and_nothing_is_lost(method
     assert [event.data["budget_tokens"] for event in done.of_kind("out_of_memory")] == [2048]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["forward", "backward"])
 def test_the_budget_is_halved_until_passes_fit(method: str, reference: Done) -> None:
     prepare = out_of_memory_in(method, more_than(1))
@@ -113,6 +114,7 @@ def test_what_does_not_fit_alone_fails_alone(method: str) -> None:
     np.testing.assert_allclose(done.losses(2), plain.losses(2), rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_an_evaluation_that_does_not_fit_is_split_too(reference: Done) -> None:
     def full(parts: Sequence[Any]) -> bool:
         return len(parts) > 1 and not parts[0].grad
@@ -194,6 +196,7 @@ def test_one_slot_needs_no_calibration() -> None:
     assert plan_for(Base(tiny_model().requires_grad_(False), slots=1), slots=1).trials_per_pass == 1
 
 
+@pytest.mark.slow
 def test_a_search_calibrates_if_no_plan_is_given(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("rapidfire_automl.executor.planner.cache_folder", lambda: tmp_path)
     monkeypatch.setattr("rapidfire_automl.executor.planner._is_busy", lambda: False)

@@ -179,6 +179,7 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     return search(tmp_path_factory.mktemp("undisturbed"))
 
 
+@pytest.mark.slow
 def test_an_error_of_the_search_loses_nothing(
     undisturbed: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -188,7 +189,9 @@ def test_an_error_of_the_search_loses_nothing(
     assert found["attempts"] > len(found["optuna"])
 
 
-@pytest.mark.parametrize("damage", ["truncated", "bit", "pickle", "missing"])
+@pytest.mark.parametrize(
+    "damage", ["bit", *(pytest.param(how, marks=pytest.mark.slow) for how in ("truncated", "pickle", "missing"))]
+)
 def test_a_damaged_checkpoint_falls_back_to_the_one_before(
     undisturbed: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, damage: str
 ) -> None:
@@ -210,6 +213,7 @@ def test_a_damaged_checkpoint_falls_back_to_the_one_before(
     assert found["trials"] == undisturbed["trials"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("changed", "says"),
     [
@@ -252,6 +256,7 @@ def test_a_line_cut_short_is_dropped(tmp_path: Path) -> None:
     last.close()
 
 
+@pytest.mark.slow
 def test_a_search_that_is_over_is_followed_by_another_or_found_again(tmp_path: Path) -> None:
     first = search(tmp_path, n_trials=2)
     again = search(tmp_path, n_trials=2)

@@ -151,6 +151,7 @@ def test_trials_that_differ_in_every_knob(ending: LlamaForCausalLM, tmp_path: Pa
     assert_parity(together, alone, list(KNOBS))
 
 
+@pytest.mark.slow
 def test_rows_leave_one_by_one(ending: LlamaForCausalLM, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """Odd numbers of rows with dropout, whose masks are drawn for those that have left, too.
 
@@ -170,6 +171,7 @@ def test_rows_leave_one_by_one(ending: LlamaForCausalLM, tmp_path: Path, caplog:
     assert "tried again" not in caplog.text
 
 
+@pytest.mark.slow
 def test_one_trial_alone(ending: LlamaForCausalLM, tmp_path: Path) -> None:
     spec = KNOBS["beta, dropout, all of sampling"]
     (mine,) = together_without_evaluation(ending, [spec], tmp_path)
@@ -226,6 +228,7 @@ def test_generated_and_trained_tokens_are_counted(ending: LlamaForCausalLM, tmp_
 # -- evaluation --------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_rewards_are_compared_on_the_same_prompts_with_the_same_sampling(
     ending: LlamaForCausalLM, tmp_path: Path
 ) -> None:
@@ -260,6 +263,7 @@ def test_the_sign_follows_the_study(ending: LlamaForCausalLM, tmp_path: Path) ->
     assert all(value <= 0 for value in result.record.values)
 
 
+@pytest.mark.slow
 def test_weights_that_differ_do_not_compare(ending: LlamaForCausalLM, tmp_path: Path) -> None:
     specs = [RolloutSpec(args={"reward_weights": [weight, 1.0]}, rewards=(evenness, brevity)) for weight in (1.0, 2.0)]
     failed = train_together(ending, specs, tmp_path, eval_sampling=SAMPLING, allow_failures=True)
@@ -268,6 +272,7 @@ def test_weights_that_differ_do_not_compare(ending: LlamaForCausalLM, tmp_path: 
     assert all(result.record.error is None for result in train_together(ending, specs, tmp_path, eval_sampling=agreed))  # type: ignore[union-attr]
 
 
+@pytest.mark.slow
 def test_evaluation_leaves_no_trace_in_the_trainers_log(ending: LlamaForCausalLM, tmp_path: Path) -> None:
     spec = replace(KNOBS["two iterations, several rewards"], args={"max_steps": 4, "beta": 0.02})
     (mine,) = train_together(ending, [spec], tmp_path, eval_sampling=SAMPLING, chunks=4)
@@ -304,6 +309,7 @@ async def late(completions: list[str], **columns: Any) -> list[float]:
     raise TimeoutError("no judge")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("reward", "says"),
     [
@@ -335,6 +341,7 @@ def test_no_reward_at_all_names_the_row(ending: LlamaForCausalLM, tmp_path: Path
     assert "No reward function scored the answers to `eval_dataset[0]`" in str(failed.record.error)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("setting", ["use_vllm", "use_transformers_continuous_batching"])
 def test_engines_that_merge_or_decode_alone_are_refused(ending: LlamaForCausalLM, tmp_path: Path, setting: str) -> None:
     class Pretends(RolloutSpec):
@@ -351,6 +358,7 @@ def test_engines_that_merge_or_decode_alone_are_refused(ending: LlamaForCausalLM
 # -- memory, precision -------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_rollout_that_does_not_fit_is_run_in_smaller_ones(
     ending: LlamaForCausalLM, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -373,6 +381,7 @@ def test_a_rollout_that_does_not_fit_is_run_in_smaller_ones(
     assert_parity(together, [train_alone(ending, spec, tmp_path / "alone") for spec in specs], ["a", "b", "c", "d"])
 
 
+@pytest.mark.slow
 def test_rows_are_limited_by_the_plan(ending: LlamaForCausalLM, tmp_path: Path) -> None:
     specs = [RolloutSpec(args={"seed": seed}) for seed in range(4)]
     plan = Plan(budget_tokens=1 << 20, max_padding=1e9, rollout_rows=9)
@@ -399,6 +408,7 @@ def test_bfloat16_samples_the_same_distribution(tmp_path: Path) -> None:
             assert chi2_contingency(table[:, table.sum(0) > 0]).pvalue > 1e-3
 
 
+@pytest.mark.slow
 def test_gradients_in_float64(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The first step's gradients: beside neighbours, with beta and temperature, against plain TRL's."""
     base = rollout_base().double()
@@ -430,6 +440,7 @@ def test_gradients_in_float64(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     assert float(differ / total) < 1e-6
 
 
+@pytest.mark.slow
 def test_conversations_roll_out(ending: LlamaForCausalLM, tmp_path: Path) -> None:
     """Prompts as chat messages, rewards that see messages."""
 
@@ -469,6 +480,7 @@ async def judged(completions: list[str], **columns: Any) -> list[float]:
     return [len(text.split()) / 10 for text in completions]
 
 
+@pytest.mark.slow
 def test_asynchronous_rewards_overlap(ending: LlamaForCausalLM, tmp_path: Path) -> None:
     """Four trials wait for their judges at the same time; completions and numbers are as if each had waited alone."""
 
@@ -490,6 +502,7 @@ def test_asynchronous_rewards_overlap(ending: LlamaForCausalLM, tmp_path: Path) 
         assert max(apart(mine, train_alone(ending, spec, tmp_path / "alone")).values()) < TOLERANCE
 
 
+@pytest.mark.slow
 def test_rollouts_that_do_not_agree_are_each_trials_own(
     ending: LlamaForCausalLM, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

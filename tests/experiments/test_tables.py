@@ -174,6 +174,7 @@ def test_right_answers_are_those_of_greedy_decoding(tmp_path: Path) -> None:
     assert 100 - errors.sum() == answered(trainer.model.eval(), tokenizer)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "changed",
     [{}, {"trainer": "dpo", "data": "wrong_order", "metric": "reward_margin", "arguments": {"beta": 0.5}}],
