@@ -22,7 +22,7 @@ Each race has one answer:
 | the policy's verdict about a trial resumed by hand | none, until it has trained its next chunk |
 | a command sent to an earlier attempt of the search (before a restart) | refused as stale, unless it was applied |
 | the search is killed when a command has taken effect | it goes on with that; the command is not applied once more |
-| the search is killed before a command has taken effect | nothing was promised: send it again (with its id, if unsure) |
+| the search is killed before a command has taken effect | nothing was promised: send it again, with its id if unsure |
 | the search is killed before a cancel has ended it | run again, it goes on; the cancel is stale |
 | checkpoint while a trial is paused | it stays on disk as of its last chunk, or where it was last put there |
 | a trial that rolls out (GRPO, RLOO) | a stop takes it out after the next token, a pause waits for the rollout's end |

@@ -255,9 +255,8 @@ RARE = (
 
 
 def some_slow(cases: Mapping[str, Any], *fast: str) -> list[Any]:
-    marks = dict.fromkeys(fast, [pytest.mark.faults])
-    slow = [pytest.mark.slow, pytest.mark.faults]
-    return [pytest.param(name, marks=marks.get(name, slow)) for name in cases if name not in RARE]
+    fault, slow = [pytest.mark.faults], [pytest.mark.slow, pytest.mark.faults]
+    return [pytest.param(name, marks=fault if name in fast else slow) for name in cases if name not in RARE]
 
 
 @pytest.mark.parametrize("name", some_slow(SFT, "dropout, fused AdamW, cosine"))
