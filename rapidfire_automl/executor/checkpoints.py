@@ -137,10 +137,10 @@ def chunk_of(folder: Path) -> int:
     """The chunk after which a checkpoint was taken.
 
     Raises:
-        CheckpointError: It is not named like a checkpoint.
+        CheckpointError: It is not named like a checkpoint, or its parent climbs out of the search's folder.
     """
     matched = _NAME.fullmatch(folder.name)
-    if matched is None or ".." in folder.parts:
+    if matched is None or folder.parent.name == "..":
         raise CheckpointError(f"`{folder}` is no checkpoint's name. Checkpoints are called like chunk-0003.")
     return int(matched[1])
 

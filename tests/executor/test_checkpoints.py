@@ -271,6 +271,15 @@ def test_other_names_are_refused(name: str, tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+def test_the_folder_of_a_search_may_lie_above(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    for output in ("..", "../runs/x", "../here/../runs/x"):
+        folder = chunk_folder(Path(output, "trials", "0", "ended"), 1)
+        write(folder, snapshot())
+        assert chunk_of(folder) == 1 and newest(folder.parent).folder == folder
+
+
 def test_links_are_refused(tmp_path: Path) -> None:
     outside = tmp_path / "outside" / "chunk-0001"
     write(outside, snapshot())

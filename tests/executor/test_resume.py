@@ -158,6 +158,15 @@ def steps(folder: Path) -> list[tuple[int | None, int]]:
     return [(line.event.trial, line.event.data["step"]) for line in lines if line.event.kind == "step"]
 
 
+@pytest.mark.slow
+def test_a_folder_given_by_way_of_another(whole: Whole, tmp_path: Path) -> None:
+    """Killed and run again with `..` in the path."""
+    (tmp_path / "here").mkdir()
+    folder = tmp_path / "here" / ".." / "runs"
+    start(folder, policy="promotion", failpoints="step=kill@11").killed()
+    assert_same(start(folder, policy="promotion").result(), whole("promotion", True))
+
+
 # -- in this process: what is on the disk, and what is refused ---------------------------------------------------------
 
 
