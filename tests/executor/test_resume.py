@@ -45,8 +45,9 @@ KILLS += ["trial.asking=kill@3", "trial.asked=kill@4", "objective=kill@1", "tria
 MORE_KILLS = ["step=kill@3", "checkpoint.writing=kill@2", "checkpoint.renamed=kill@5", "round.judging=kill@3"]
 MORE_KILLS += ["round.judged=kill@1", "trial.asking=kill@1", "trial.asking=kill@6", "trial.asked=kill@5"]
 MORE_KILLS += ["trial.ended=kill@1", "pass.backward=kill@9", "pass.forward=kill@9"]
-PLACES = ("step", "checkpoint.writing", "checkpoint.renaming", "checkpoint.renamed", "round.reported", "round.judging")
-PLACES += ("round.judged", "trial.asking", "trial.asked", "objective", "trial.ended", "pass.forward", "pass.backward")
+PLACES = ("step", "checkpoint.writing", "checkpoint.renaming", "checkpoint.replacing", "checkpoint.renamed")
+PLACES += ("round.reported", "round.judging", "round.judged", "trial.asking", "trial.asked", "objective", "trial.ended")
+PLACES += ("pass.forward", "pass.backward")
 
 
 @pytest.fixture(scope="module")
@@ -138,6 +139,14 @@ def test_sigterm_leaves_a_search_that_goes_on(whole: Whole, tmp_path: Path, step
     assert len(steps(tmp_path)) <= step + 3, "two trials train, each to the end of its step"
     assert_same(start(tmp_path, policy="promotion").result(), whole("promotion", True))
     assert max(Counter(steps(tmp_path)).values()) == 1
+
+
+@pytest.mark.slow
+def test_killed_while_a_checkpoint_is_replaced(whole: Whole, tmp_path: Path) -> None:
+    """By a later one of the same chunk: the trial goes on from the one that was to be replaced."""
+    start(tmp_path, policy="promotion", term_at=9, failpoints="checkpoint.replacing=kill").killed()
+    assert_same(start(tmp_path, policy="promotion").result(), whole("promotion", True))
+    assert Counter(steps(tmp_path))[0, 1] == Counter(steps(tmp_path))[1, 1] == 1, "no trial has begun anew"
 
 
 @pytest.mark.slow
