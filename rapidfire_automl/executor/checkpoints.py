@@ -35,7 +35,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save_file
 from torch import Tensor
 
-from rapidfire_automl.disk import is_full
+from rapidfire_automl.disk import is_full, make_folder, sync
 from rapidfire_automl.executor.trees import decode, encode, fresh_copy
 from rapidfire_automl.failpoints import hit
 
@@ -201,7 +201,7 @@ def _put(
         Bytes written.
     """
     parent = folder.parent
-    parent.mkdir(parents=True, exist_ok=True)
+    make_folder(parent)
     temporary = parent / f".{folder.name}.tmp-{secrets.token_hex(6)}"
     kept = parent / f".{folder.name}.kept"
     try:
@@ -209,14 +209,14 @@ def _put(
         files = {name: _write(temporary / name, content) for name, content in contents.items()}
         if meta is not None:
             files[MANIFEST] = _write(temporary / MANIFEST, _manifest(files, meta))
-        _sync(temporary)
+        sync(temporary)
         hit("checkpoint.renaming")
         if _is_there(folder):
             _take_away(kept)
             folder.rename(kept)
             hit("checkpoint.replacing")
         temporary.rename(folder)
-        _sync(parent)
+        sync(parent)
         hit("checkpoint.renamed")
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -416,11 +416,3 @@ def _take_away(folder: Path) -> None:
     aside = folder.parent / f".{folder.name.removeprefix('.')}.old-{secrets.token_hex(6)}"
     folder.rename(aside)
     shutil.rmtree(aside, ignore_errors=True)
-
-
-def _sync(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -13,6 +13,7 @@ import logging
 import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from optuna.trial import TrialState as OptunaState
 
 from rapidfire_automl import attempts, failpoints
 from rapidfire_automl.attempts import VECTORS_ATTR
+from rapidfire_automl.disk import make_folder
 from rapidfire_automl.executor.arm import Arm
 from rapidfire_automl.executor.checkpoints import Snapshot, chunk_folder, disk_bytes, newest
 from rapidfire_automl.executor.evaluation import Measured
@@ -248,6 +250,8 @@ class Durability:
     def built(self, number: int) -> None:
         """A trial has all of its parameters; until then they are proposed anew where its process is killed."""
         if self._on:
+            with suppress(OSError):  # on a full disk, who writes there makes it
+                make_folder(self._of(number))  # before a trainer does, which would not have its name on the disk
             self._write("built", trial=number)
 
     def note(self, kind: str, **data: Any) -> frozenset[int]:

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from rapidfire_automl.disk import Appender, claim, is_full
+from rapidfire_automl.disk import Appender, claim, is_full, make_folder, sync
 from rapidfire_automl.jsonable import dumps
 from rapidfire_policies.base import Decision, Verdict
 
@@ -116,13 +116,14 @@ class Journal:
     """
 
     def __init__(self, folder: Path) -> None:
-        folder.mkdir(parents=True, exist_ok=True)
+        make_folder(folder)
         lock = claim(folder / "lock")
         if lock is None:
             raise FolderInUse(f"Another process searches in {folder}. Wait for it, or take another folder.")
         self._lock = lock
         self.past = read(folder / NAME)
         self._lines = Appender(folder / NAME)
+        sync(folder)
         self._begin = b"" if _ends_a_line(folder / NAME) else b"\n"
         self._writing = threading.Lock()
 
