@@ -163,6 +163,7 @@ class Durability:
         """
         assert isinstance(self._journal, Journal)
         past = self.past
+        self._say_damaged(past)
         mine = {**facts, "study": study.study_name}
         known = attempts.last_attempts(study)
         same = past.facts.get("study") == study.study_name and all(number in known for number in past.asked)
@@ -179,6 +180,16 @@ class Durability:
         self.sampler_seed = past.sampler_seed if unfinished else seed_of(study.sampler)
         self._write("search", facts=mine, sampler_seed=self.sampler_seed)
         return past if unfinished else None
+
+    def _say_damaged(self, past: Past) -> None:
+        if past.damaged:
+            message = (
+                f"Lines of the journal in {self._folder} that are damaged and left out: "
+                f"{', '.join(map(str, past.damaged))}. A trial that was begun there stays running in the study and is "
+                "not gone on with; what was decided there is decided again."
+            )
+            logger.warning(message)
+            self._tell("warning", None, message=message)
 
     def join(self, facts: Mapping[str, Any]) -> None:
         """Work on a search with others.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import pickle
 import random
@@ -18,7 +19,7 @@ import torch
 from safetensors.torch import load_file
 
 from rapidfire_automl.event_log import read_events
-from rapidfire_automl.executor.journal import FolderInUse, Journal, SearchDiffers
+from rapidfire_automl.executor.journal import FolderInUse, Journal, SearchDiffers, read
 from rapidfire_automl.failpoints import FailpointError
 from rapidfire_policies import Decision, Verdict
 from tests.executor import resumable
@@ -272,6 +273,37 @@ def test_a_line_cut_short_is_dropped(tmp_path: Path) -> None:
     last = Journal(tmp_path)
     assert last.past.final(0) == Decision(Verdict.STOP, "enough")
     last.close()
+
+
+def test_a_line_cut_short_never_stands_in_the_middle(tmp_path: Path) -> None:
+    """Three processes, two of them killed while they wrote: nothing is damaged."""
+    for seed in range(3):
+        journal = Journal(tmp_path)
+        journal.write("search", facts={"study": "s"}, sampler_seed=seed)
+        journal.close()
+        with (tmp_path / "journal.jsonl").open("a") as file:
+            file.write('{"kind": "asked", "tri')
+    past = read(tmp_path / "journal.jsonl")
+    assert (past.sampler_seed, past.damaged) == (2, [])
+
+
+@pytest.mark.parametrize("damage", [b"\0" * 20, b"[3]", b'{"kind": "ro'])
+def test_a_damaged_line_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, damage: bytes
+) -> None:
+    """Here of a round: it is judged again."""
+    interrupted(tmp_path, monkeypatch)
+    path = tmp_path / "out" / "journal.jsonl"
+    lines = path.read_bytes().split(b"\n")
+    [*_, place] = [number for number, line in enumerate(lines) if b'"round"' in line]
+    lines[place] = damage
+    path.write_bytes(b"\n".join(lines) + b'{"kind": "rou')
+    with caplog.at_level(logging.WARNING, "rapidfire_automl"):
+        search(tmp_path)
+    said = f"damaged and left out: {place + 1}. A trial that was begun there stays running"
+    events = [line.event for line in read_events(tmp_path / "out").lines if line.event.kind == "warning"]
+    assert [said in event.data["message"] for event in events] == [True]
+    assert caplog.text.count(said) == 1
 
 
 @pytest.mark.slow
