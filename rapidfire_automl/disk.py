@@ -50,6 +50,31 @@ def has_room(folder: Path, needed_bytes: int) -> bool:
     return usage.free >= needed_bytes + min(_RESERVE_BYTES, int(_RESERVE_SHARE * usage.total))
 
 
+def sync(path: Path) -> None:
+    """Have a file's contents, or the names in a folder, on the disk when this returns: a power cut leaves them."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def sync_tree(folder: Path) -> None:
+    """Have all that is in a folder on the disk when this returns."""
+    for parent, _, names in os.walk(folder):
+        for name in names:
+            sync(Path(parent, name))
+        sync(Path(parent))
+
+
+def make_folder(folder: Path) -> None:
+    """Make a folder, and those above it, where missing; the names of new ones are on the disk when this returns."""
+    new = [each for each in (folder, *folder.parents) if not each.exists()]
+    folder.mkdir(parents=True, exist_ok=True)
+    for each in new:
+        sync(each.parent)
+
+
 def claim(path: Path) -> IO[str] | None:
     """Lock a file for this process, until it is closed; None where another process has it."""
     file = path.open("a", encoding="utf-8")

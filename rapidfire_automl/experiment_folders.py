@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import IO, Any
 
-from rapidfire_automl.disk import claim
+from rapidfire_automl.disk import claim, make_folder, sync
 from rapidfire_automl.jsonable import dumps
 
 FILE, LOCK = "experiment.json", "lock"
@@ -42,7 +42,9 @@ class ExperimentFolder:
         lock = None if last is None else self._take_up(last, facts)
         while lock is None:
             try:
-                path.mkdir(parents=True)
+                make_folder(parent)
+                path.mkdir()
+                sync(parent)
                 lock = claim(path / LOCK)
             except FileExistsError:
                 number += 1

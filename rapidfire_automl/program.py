@@ -20,6 +20,7 @@ from rapidfire_automl import rl, sharing
 from rapidfire_automl import space as spaces
 from rapidfire_automl.attempts import number_of
 from rapidfire_automl.data import check_files, load_data
+from rapidfire_automl.disk import make_folder
 from rapidfire_automl.errors_of_storages import redacted
 from rapidfire_automl.events import Listener
 from rapidfire_automl.fields import TRAINERS, args_defaults, check_fields, eval_sampling
@@ -219,7 +220,7 @@ def build_study(program: Program, *, joins: bool = False) -> optuna.Study:
     """A new study, or that of the search that goes on; with `sampler = "grid"` its trials wait in it."""
     search = program.settings.search
     goes_on = (program.run_dir / FACTS).exists()
-    program.run_dir.mkdir(parents=True, exist_ok=True)
+    make_folder(program.run_dir)
     if search.shared:
         grid = [point.params for point in program.space.grid()] if search.sampler.name == "grid" else []
         base = program.settings.base.model_copy(update={"model": program.facts["base.model"]})  # found elsewhere there

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from optuna.study import StudyDirection
 
-from rapidfire_automl.disk import is_full
+from rapidfire_automl.disk import is_full, make_folder
 from rapidfire_automl.event_log import FILE, WORKERS, EventLog
 from rapidfire_automl.events import Event, Listener
 from rapidfire_automl.jsonable import dumps, jsonable
@@ -193,7 +193,7 @@ def run_search(
     if len(study.directions) != 1:
         raise ValueError(f"`study` must have one direction, got {len(study.directions)}.")
     run_dir = Path(run_dir)
-    run_dir.mkdir(parents=True, exist_ok=True)
+    make_folder(run_dir)
     before = set(executor.records)
     tracker = _mlflow(mlflow_experiment, run_dir)
     maximize = study.direction is StudyDirection.MAXIMIZE

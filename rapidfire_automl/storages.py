@@ -14,6 +14,7 @@ import optuna
 from optuna.storages import BaseStorage, RDBStorage, RetryHeartbeatStaleTrialCallback
 from optuna.storages.journal import JournalFileBackend, JournalFileSymlinkLock
 
+from rapidfire_automl.disk import make_folder
 from rapidfire_automl.errors_of_storages import hanging_up, reason_of, redacted, watch
 from rapidfire_automl.exclusive import exclusively
 from rapidfire_automl.patience import PATIENCE_S, PatientStorage
@@ -94,7 +95,7 @@ def open_storage(
 def _journal(url: str) -> BaseStorage:
     path = Path(url.removeprefix(JOURNAL))
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(path.parent)
         return optuna.storages.JournalStorage(_WholeLines(str(path)))
     except (OSError, ValueError) as error:
         raise StorageError(f"{shown(url)} cannot be opened: {reason_of(error)}.") from None

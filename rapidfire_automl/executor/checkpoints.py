@@ -24,6 +24,7 @@ import secrets
 import shutil
 import stat
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
@@ -34,7 +35,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save_file
 from torch import Tensor
 
-from rapidfire_automl.disk import is_full
+from rapidfire_automl.disk import is_full, make_folder, sync
 from rapidfire_automl.executor.trees import decode, encode, fresh_copy
 from rapidfire_automl.failpoints import hit
 
@@ -46,7 +47,8 @@ ADAPTER, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 MANIFEST = "manifest.json"
 _FILES = frozenset({TENSORS, STATE, ADAPTER, CONFIG})
 _NAME = re.compile(r"chunk-([0-9]{4,})")
-_LEFTOVER = re.compile(r"\.chunk-[0-9]{4,}\.(tmp|old)-[0-9a-f]+")
+_KEPT = re.compile(r"\.(?P<name>chunk-[0-9]{4,})\.kept")
+_LEFTOVER = re.compile(r"\.chunk-[0-9]{4,}(\.kept)?\.(tmp|old)-[0-9a-f]+")
 _LIBRARIES = ("torch", "transformers", "trl", "peft", "accelerate", "numpy", "safetensors", "rapidfire_automl")
 
 
@@ -137,10 +139,10 @@ def chunk_of(folder: Path) -> int:
     """The chunk after which a checkpoint was taken.
 
     Raises:
-        CheckpointError: It is not named like a checkpoint.
+        CheckpointError: It is not named like a checkpoint, or its parent climbs out of the search's folder.
     """
     matched = _NAME.fullmatch(folder.name)
-    if matched is None or ".." in folder.parts:
+    if matched is None or folder.parent.name == "..":
         raise CheckpointError(f"`{folder}` is no checkpoint's name. Checkpoints are called like chunk-0003.")
     return int(matched[1])
 
@@ -164,9 +166,7 @@ def write(folder: Path, snapshot: Snapshot | Packed) -> int:
     packed = snapshot if isinstance(snapshot, Packed) else pack(snapshot)
     hit("checkpoint.writing")
     state = json.dumps(packed.form, allow_nan=False).encode()
-    written = _put(folder, {**_adapter_files(packed), TENSORS: packed.tensors, STATE: state}, packed.meta)
-    hit("checkpoint.renamed")
-    return written
+    return _put(folder, {**_adapter_files(packed), TENSORS: packed.tensors, STATE: state}, packed.meta)
 
 
 def write_adapter(folder: Path, packed: Packed) -> int:
@@ -195,26 +195,34 @@ def _put(
 ) -> int:
     """Files into a folder that appears with all of them, and with a manifest if there is something to say in it.
 
+    What it replaces is there, under another name, until it has appeared.
+
     Returns:
         Bytes written.
     """
     parent = folder.parent
-    parent.mkdir(parents=True, exist_ok=True)
+    make_folder(parent)
     temporary = parent / f".{folder.name}.tmp-{secrets.token_hex(6)}"
+    kept = parent / f".{folder.name}.kept"
     try:
         temporary.mkdir()
         files = {name: _write(temporary / name, content) for name, content in contents.items()}
         if meta is not None:
             files[MANIFEST] = _write(temporary / MANIFEST, _manifest(files, meta))
-        _sync(temporary)
+        sync(temporary)
         hit("checkpoint.renaming")
-        if folder.is_symlink() or folder.exists():
-            _take_away(folder)
+        if _is_there(folder):
+            _take_away(kept)
+            folder.rename(kept)
+            hit("checkpoint.replacing")
         temporary.rename(folder)
-        _sync(parent)
+        sync(parent)
+        hit("checkpoint.renamed")
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
+        _put_back(kept, folder)
         raise
+    _take_away(kept)
     return sum(int(file["bytes"]) for file in files.values())
 
 
@@ -248,12 +256,13 @@ def read(folder: Path) -> Snapshot:
 
 
 def newest(parent: Path, *, tidy: bool = True) -> Found:
-    """The newest checkpoint that can be used.
+    """The newest checkpoint that can be used; one that a killed writer was about to replace gets its name again.
 
     Args:
         parent: A trial's.
         tidy: Whether to remove what killed writers have left; not where somebody may still be writing.
     """
+    _restore(parent)
     if tidy:
         sweep(parent)
     damaged: list[tuple[Path, str]] = []
@@ -267,8 +276,13 @@ def newest(parent: Path, *, tidy: bool = True) -> Found:
 
 
 def sweep(parent: Path) -> list[str]:
-    """Remove what killed writers have left half done; returns its names."""
-    gone = [entry for entry in _entries(parent) if _LEFTOVER.fullmatch(entry.name) and not entry.is_symlink()]
+    """Remove what killed writers have left half done, or have replaced; returns its names."""
+    _restore(parent)
+    gone = [
+        entry
+        for entry in _entries(parent)
+        if (_LEFTOVER.fullmatch(entry.name) or _KEPT.fullmatch(entry.name)) and not entry.is_symlink()
+    ]
     for entry in gone:
         shutil.rmtree(entry, ignore_errors=True)
     return [entry.name for entry in gone]
@@ -377,19 +391,28 @@ def _checkpoints(parent: Path) -> list[Path]:
     return sorted((entry for entry in _entries(parent) if _NAME.fullmatch(entry.name)), key=chunk_of)
 
 
+def _is_there(entry: Path) -> bool:
+    return entry.is_symlink() or entry.exists()
+
+
+def _restore(parent: Path) -> None:
+    for entry in _entries(parent):
+        if kept := _KEPT.fullmatch(entry.name):
+            _put_back(entry, parent / kept["name"])
+
+
+def _put_back(kept: Path, folder: Path) -> None:
+    """Give what was to be replaced its name again, unless what replaces it is there."""
+    if not _is_there(folder):
+        with suppress(OSError):  # nothing was kept, or another process is faster
+            kept.rename(folder)
+
+
 def _take_away(folder: Path) -> None:
-    """Remove a checkpoint: out of sight at once, so that a crash on the way leaves no half of it."""
+    """Remove a checkpoint, if it is there: out of sight at once, so that a crash on the way leaves no half of it."""
     if folder.is_symlink() or not folder.is_dir():
-        folder.unlink()
+        folder.unlink(missing_ok=True)
         return
-    aside = folder.parent / f".{folder.name}.old-{secrets.token_hex(6)}"
+    aside = folder.parent / f".{folder.name.removeprefix('.')}.old-{secrets.token_hex(6)}"
     folder.rename(aside)
     shutil.rmtree(aside, ignore_errors=True)
-
-
-def _sync(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -13,6 +13,7 @@ import logging
 import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from optuna.trial import TrialState as OptunaState
 
 from rapidfire_automl import attempts, failpoints
 from rapidfire_automl.attempts import VECTORS_ATTR
+from rapidfire_automl.disk import make_folder
 from rapidfire_automl.executor.arm import Arm
 from rapidfire_automl.executor.checkpoints import Snapshot, chunk_folder, disk_bytes, newest
 from rapidfire_automl.executor.evaluation import Measured
@@ -161,6 +163,7 @@ class Durability:
         """
         assert isinstance(self._journal, Journal)
         past = self.past
+        self._say_damaged(past)
         mine = {**facts, "study": study.study_name}
         known = attempts.last_attempts(study)
         same = past.facts.get("study") == study.study_name and all(number in known for number in past.asked)
@@ -177,6 +180,16 @@ class Durability:
         self.sampler_seed = past.sampler_seed if unfinished else seed_of(study.sampler)
         self._write("search", facts=mine, sampler_seed=self.sampler_seed)
         return past if unfinished else None
+
+    def _say_damaged(self, past: Past) -> None:
+        if past.damaged:
+            message = (
+                f"Lines of the journal in {self._folder} that are damaged and left out: "
+                f"{', '.join(map(str, past.damaged))}. A trial that was begun there stays running in the study and is "
+                "not gone on with; what was decided there is decided again."
+            )
+            logger.warning(message)
+            self._tell("warning", None, message=message)
 
     def join(self, facts: Mapping[str, Any]) -> None:
         """Work on a search with others.
@@ -248,6 +261,8 @@ class Durability:
     def built(self, number: int) -> None:
         """A trial has all of its parameters; until then they are proposed anew where its process is killed."""
         if self._on:
+            with suppress(OSError):  # on a full disk, who writes there makes it
+                make_folder(self._of(number))  # before a trainer does, which would not have its name on the disk
             self._write("built", trial=number)
 
     def note(self, kind: str, **data: Any) -> frozenset[int]:

@@ -2,7 +2,7 @@
 
 `journal.jsonl` in the search's folder, one entry a line: what is searched, every round's verdicts, every verdict of a
 person, every trial's end. Curves and weights stand in the trials' checkpoints. A line that a kill has cut short is
-dropped: what it would have said is decided again, and decided alike.
+dropped: what it would have said is decided again, and decided alike. Any other line that can't be read is damaged.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from rapidfire_automl.disk import Appender, claim, is_full
+from rapidfire_automl.disk import Appender, claim, is_full, make_folder, sync
 from rapidfire_automl.jsonable import dumps
 from rapidfire_policies.base import Decision, Verdict
 
@@ -50,6 +50,7 @@ class Past:
         asking: Whether Optuna was being asked for a trial.
         built: Trials that had all of their parameters.
         said: Of the last round, `(trial, chunk, data)` of the events that tell of its verdicts.
+        damaged: Numbers of the lines that can't be read, from 1.
     """
 
     facts: dict[str, Any] = field(default_factory=dict)
@@ -67,6 +68,7 @@ class Past:
     asking: bool = False
     built: set[int] = field(default_factory=set)
     said: list[tuple[int, int, dict[str, Any]]] = field(default_factory=list)
+    damaged: list[int] = field(default_factory=list)
 
     def is_paused(self, number: int) -> bool:
         """Whether a trial was paused and has not trained since."""
@@ -116,14 +118,15 @@ class Journal:
     """
 
     def __init__(self, folder: Path) -> None:
-        folder.mkdir(parents=True, exist_ok=True)
+        make_folder(folder)
         lock = claim(folder / "lock")
         if lock is None:
             raise FolderInUse(f"Another process searches in {folder}. Wait for it, or take another folder.")
         self._lock = lock
+        _cut_half_line(folder / NAME)
         self.past = read(folder / NAME)
         self._lines = Appender(folder / NAME)
-        self._begin = b"" if _ends_a_line(folder / NAME) else b"\n"
+        sync(folder)
         self._writing = threading.Lock()
 
     def write(self, kind: str, **data: Any) -> Kept:
@@ -138,7 +141,7 @@ class Journal:
         with self._writing:
             if self._lines.closed:
                 return Kept()
-            line, self._begin = self._begin + dumps({"kind": kind, **data}).encode() + b"\n", b""
+            line = dumps({"kind": kind, **data}).encode() + b"\n"
             error = self._lines.append(line, sync=True)
         if error is not None and not is_full(error):
             raise error
@@ -154,7 +157,7 @@ class Journal:
 def read(path: Path) -> Past:
     """What a journal says; nothing where there is none."""
     past = Past()
-    for entry in _entries(path):
+    for entry in _entries(path, past.damaged):
         kind = entry.get("kind")
         if kind == "search":
             past.facts, past.over, past.sampler_seed = dict(entry["facts"]), False, entry["sampler_seed"]
@@ -192,23 +195,28 @@ def _judge(past: Past, entry: Mapping[str, Any]) -> None:
             (past.by_hand.add if by_hand else past.by_hand.discard)(number)
 
 
-def _entries(path: Path) -> Iterator[Mapping[str, Any]]:
+def _entries(path: Path, damaged: list[int]) -> Iterator[Mapping[str, Any]]:
     try:
-        lines: Sequence[str] = path.read_text(encoding="utf-8", errors="replace").splitlines()
+        text = path.read_text(encoding="utf-8", errors="replace")
     except FileNotFoundError:
         return
-    for line in lines:
+    lines: Sequence[str] = text[: text.rfind("\n") + 1].splitlines()  # what follows is cut short by a kill
+    for number, line in enumerate(lines, start=1):
         try:
-            entry = json.loads(line)
+            entry = json.loads(line) if line else {}
         except ValueError:
-            continue  # cut short by a kill
+            entry = None
         if isinstance(entry, dict):
             yield entry
+        else:
+            damaged.append(number)
 
 
-def _ends_a_line(path: Path) -> bool:
-    content = path.read_bytes()
-    return not content or content.endswith(b"\n")
+def _cut_half_line(path: Path) -> None:
+    """Else it would stand in the middle once others follow it, and look like damage."""
+    with path.open("ab+") as file:
+        file.seek(0)
+        file.truncate(file.read().rfind(b"\n") + 1)
 
 
 def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:

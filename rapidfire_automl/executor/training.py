@@ -16,7 +16,7 @@ from transformers.training_args import TrainingArguments
 
 from rapidfire_automl import failpoints
 from rapidfire_automl.chunks import chunk_boundaries, generation_boundaries
-from rapidfire_automl.disk import is_full
+from rapidfire_automl.disk import is_full, make_folder, sync, sync_tree
 from rapidfire_automl.executor import enqueueing, extending, seams, warmstart
 from rapidfire_automl.executor.arm import Arm, Halt, Leave
 from rapidfire_automl.executor.checkpoints import Snapshot
@@ -298,7 +298,7 @@ def _train(arm: Arm, trainer: Trainer, durable: seams.Durable | None, host: Host
 
 
 def save(arm: Arm, model: PeftModel, folder: Path, later: Callable[[Arm, Path, Snapshot], bool]) -> None:
-    """Save the adapter in PEFT's layout, whole or not at all.
+    """Save the adapter in PEFT's layout, whole or not at all, and on the disk when this returns.
 
     Args:
         arm: Whose.
@@ -313,10 +313,12 @@ def save(arm: Arm, model: PeftModel, folder: Path, later: Callable[[Arm, Path, S
     try:
         failpoints.hit("adapter.saving")
         shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
+        make_folder(partial)
         model.save_pretrained(str(partial))
+        sync_tree(partial)
         shutil.rmtree(folder, ignore_errors=True)
         partial.rename(folder)
+        sync(folder.parent)
     except Exception as error:
         shutil.rmtree(partial, ignore_errors=True)
         weights = seams.AdapterWeights(model)

@@ -271,6 +271,15 @@ def test_other_names_are_refused(name: str, tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+def test_the_folder_of_a_search_may_lie_above(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    for output in ("..", "../runs/x", "../here/../runs/x"):
+        folder = chunk_folder(Path(output, "trials", "0", "ended"), 1)
+        write(folder, snapshot())
+        assert chunk_of(folder) == 1 and newest(folder.parent).folder == folder
+
+
 def test_links_are_refused(tmp_path: Path) -> None:
     outside = tmp_path / "outside" / "chunk-0001"
     write(outside, snapshot())
@@ -447,12 +456,57 @@ def test_killed_while_writing(place: str, survivor: float, left: int, tmp_path: 
     assert not [p for p in tmp_path.iterdir() if p.name.startswith(".")]
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("tidy", [True, False])
+@pytest.mark.parametrize(
+    ("place", "survivor"),
+    [
+        ("checkpoint.writing=kill@2", 1.0),
+        ("checkpoint.renaming=kill@2", 1.0),
+        ("checkpoint.replacing=kill", 1.0),
+        ("checkpoint.renamed=kill@2", 2.0),
+    ],
+)
+def test_killed_while_replacing(place: str, survivor: float, tidy: bool, tmp_path: Path) -> None:
+    """One of the two is found, also by who may not tidy up; what follows is replaced as ever."""
+    code = "for n in (1, 2): write(chunk_folder(folder, 1), snapshot(float(n)))"
+    ended = in_a_process(code, tmp_path, **{failpoints.VARIABLE: place})
+    assert ended.returncode == -signal.SIGKILL, ended.stderr
+    found = newest(tmp_path, tidy=tidy)
+    assert found.snapshot is not None and value_of(found.snapshot) == survivor
+    assert (found.folder, found.damaged) == (tmp_path / "chunk-0001", ())
+    write(tmp_path / "chunk-0001", snapshot(3.0))
+    found = newest(tmp_path)
+    assert found.snapshot is not None and value_of(found.snapshot) == 3.0
+    assert [p.name for p in tmp_path.iterdir()] == ["chunk-0001"]
+
+
+def test_an_error_while_replacing_puts_the_old_one_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write(tmp_path / "chunk-0001", snapshot())
+    monkeypatch.setattr(failpoints, "_passed", {})
+    monkeypatch.setenv(failpoints.VARIABLE, "checkpoint.replacing=full,checkpoint.renamed=full")
+    for survivor in (1.0, 2.0):
+        with pytest.raises(OSError, match="No space left"):
+            write(tmp_path / "chunk-0001", snapshot(2.0))
+        assert value_of(read(tmp_path / "chunk-0001")) == survivor
+    write(tmp_path / "chunk-0001", snapshot(3.0))
+    assert value_of(read(tmp_path / "chunk-0001")) == 3.0
+    assert [p.name for p in tmp_path.iterdir()] == ["chunk-0001"]
+
+
 def test_leftovers_are_swept_and_strangers_stay(tmp_path: Path) -> None:
     for name in (".chunk-0001.tmp-ab12", ".chunk-0002.old-00ff", ".git", ".chunk-0001.tmp-XY"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "file").write_text("")
-    assert sweep(tmp_path) == [".chunk-0001.tmp-ab12", ".chunk-0002.old-00ff"]
-    assert sorted(p.name for p in tmp_path.iterdir()) == [".chunk-0001.tmp-XY", ".git"]
+    for name in ("chunk-0003", ".chunk-0003.kept", ".chunk-0004.kept", ".chunk-0003.kept.old-1f"):
+        (tmp_path / name).mkdir()
+    assert sweep(tmp_path) == [
+        ".chunk-0001.tmp-ab12",
+        ".chunk-0002.old-00ff",
+        ".chunk-0003.kept",
+        ".chunk-0003.kept.old-1f",
+    ]
+    assert sorted(p.name for p in tmp_path.iterdir()) == [".chunk-0001.tmp-XY", ".git", "chunk-0003", "chunk-0004"]
 
 
 def test_an_error_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

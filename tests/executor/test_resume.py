@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import pickle
 import random
@@ -18,7 +19,7 @@ import torch
 from safetensors.torch import load_file
 
 from rapidfire_automl.event_log import read_events
-from rapidfire_automl.executor.journal import FolderInUse, Journal, SearchDiffers
+from rapidfire_automl.executor.journal import FolderInUse, Journal, SearchDiffers, read
 from rapidfire_automl.failpoints import FailpointError
 from rapidfire_policies import Decision, Verdict
 from tests.executor import resumable
@@ -45,8 +46,9 @@ KILLS += ["trial.asking=kill@3", "trial.asked=kill@4", "objective=kill@1", "tria
 MORE_KILLS = ["step=kill@3", "checkpoint.writing=kill@2", "checkpoint.renamed=kill@5", "round.judging=kill@3"]
 MORE_KILLS += ["round.judged=kill@1", "trial.asking=kill@1", "trial.asking=kill@6", "trial.asked=kill@5"]
 MORE_KILLS += ["trial.ended=kill@1", "pass.backward=kill@9", "pass.forward=kill@9"]
-PLACES = ("step", "checkpoint.writing", "checkpoint.renaming", "checkpoint.renamed", "round.reported", "round.judging")
-PLACES += ("round.judged", "trial.asking", "trial.asked", "objective", "trial.ended", "pass.forward", "pass.backward")
+PLACES = ("step", "checkpoint.writing", "checkpoint.renaming", "checkpoint.replacing", "checkpoint.renamed")
+PLACES += ("round.reported", "round.judging", "round.judged", "trial.asking", "trial.asked", "objective", "trial.ended")
+PLACES += ("pass.forward", "pass.backward")
 
 
 @pytest.fixture(scope="module")
@@ -141,6 +143,14 @@ def test_sigterm_leaves_a_search_that_goes_on(whole: Whole, tmp_path: Path, step
 
 
 @pytest.mark.slow
+def test_killed_while_a_checkpoint_is_replaced(whole: Whole, tmp_path: Path) -> None:
+    """By a later one of the same chunk: the trial goes on from the one that was to be replaced."""
+    start(tmp_path, policy="promotion", term_at=9, failpoints="checkpoint.replacing=kill").killed()
+    assert_same(start(tmp_path, policy="promotion").result(), whole("promotion", True))
+    assert Counter(steps(tmp_path))[0, 1] == Counter(steps(tmp_path))[1, 1] == 1, "no trial has begun anew"
+
+
+@pytest.mark.slow
 def test_a_checkpoint_on_request(whole: Whole, tmp_path: Path) -> None:
     """In the first chunk, of four steps; killed when it is written, nothing up to there is done again."""
     start(tmp_path, policy="promotion", checkpoint_at=3).killed()
@@ -156,6 +166,15 @@ def steps(folder: Path) -> list[tuple[int | None, int]]:
     """Of all attempts: trial and step."""
     lines = read_events(folder / "out").lines
     return [(line.event.trial, line.event.data["step"]) for line in lines if line.event.kind == "step"]
+
+
+@pytest.mark.slow
+def test_a_folder_given_by_way_of_another(whole: Whole, tmp_path: Path) -> None:
+    """Killed and run again with `..` in the path."""
+    (tmp_path / "here").mkdir()
+    folder = tmp_path / "here" / ".." / "runs"
+    start(folder, policy="promotion", failpoints="step=kill@11").killed()
+    assert_same(start(folder, policy="promotion").result(), whole("promotion", True))
 
 
 # -- in this process: what is on the disk, and what is refused ---------------------------------------------------------
@@ -254,6 +273,37 @@ def test_a_line_cut_short_is_dropped(tmp_path: Path) -> None:
     last = Journal(tmp_path)
     assert last.past.final(0) == Decision(Verdict.STOP, "enough")
     last.close()
+
+
+def test_a_line_cut_short_never_stands_in_the_middle(tmp_path: Path) -> None:
+    """Three processes, two of them killed while they wrote: nothing is damaged."""
+    for seed in range(3):
+        journal = Journal(tmp_path)
+        journal.write("search", facts={"study": "s"}, sampler_seed=seed)
+        journal.close()
+        with (tmp_path / "journal.jsonl").open("a") as file:
+            file.write('{"kind": "asked", "tri')
+    past = read(tmp_path / "journal.jsonl")
+    assert (past.sampler_seed, past.damaged) == (2, [])
+
+
+@pytest.mark.parametrize("damage", [b"\0" * 20, b"[3]", b'{"kind": "ro'])
+def test_a_damaged_line_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, damage: bytes
+) -> None:
+    """Here of a round: it is judged again."""
+    interrupted(tmp_path, monkeypatch)
+    path = tmp_path / "out" / "journal.jsonl"
+    lines = path.read_bytes().split(b"\n")
+    [*_, place] = [number for number, line in enumerate(lines) if b'"round"' in line]
+    lines[place] = damage
+    path.write_bytes(b"\n".join(lines) + b'{"kind": "rou')
+    with caplog.at_level(logging.WARNING, "rapidfire_automl"):
+        search(tmp_path)
+    said = f"damaged and left out: {place + 1}. A trial that was begun there stays running"
+    events = [line.event for line in read_events(tmp_path / "out").lines if line.event.kind == "warning"]
+    assert [said in event.data["message"] for event in events] == [True]
+    assert caplog.text.count(said) == 1
 
 
 @pytest.mark.slow
