@@ -196,6 +196,33 @@ def test_a_trial_that_is_about_to_be_queued_again_is_waited_for(study: optuna.St
     assert not workers.are_left(study)
 
 
+def test_a_trial_that_is_queued_again_between_two_looks_is_left(
+    study: optuna.Study, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It trained at the first look, for what waits, and waits at the second, for what trains."""
+    from rapidfire_automl.executor.crew import Crew
+
+    worker, gone = workers.Worker.here(), Forked(int)
+    gone.wait()
+    workers.fill(study, 1)
+    dead = workers.claim(study, workers.claimable(study)[0], worker)
+    assert dead is not None
+    dead.set_user_attr(workers.WORKER_ATTR, {**worker.to_json(), "pid": gone.pid})
+    look = study.get_trials
+
+    def then_it_is_queued(*given: Any, **options: Any) -> Any:
+        found = look(*given, **options)
+        monkeypatch.setattr(study, "get_trials", look)
+        assert workers.reap(study, ()) == [0]
+        return found
+
+    monkeypatch.setattr(study, "get_trials", then_it_is_queued)
+    crew = Crew(study, worker, {}, lambda number: tmp_path, lambda *args, **data: None, lambda reason: None)
+    assert crew.claimable() == []
+    assert (crew.left, crew.others) == (1, 0)
+    assert len(crew.claimable()) == 1
+
+
 def test_a_trial_that_kills_worker_after_worker_is_given_up(study: optuna.Study) -> None:
     """One that gets on in between is not, nor is one that was left to others alive; each died as often."""
     worker, gone = workers.Worker.here(), Forked(int)
