@@ -155,6 +155,25 @@ def test_commands_reach_whoever_has_the_trial_and_are_done_once(tmp_path: Path) 
     assert found[of_b]["state"] == "PRUNED"
 
 
+def test_who_was_resumed_by_hand_goes_on_with_another_worker(tmp_path: Path) -> None:
+    """It had waited for a slot when its worker died: nothing is left to wait for."""
+    storage = f"sqlite:///{tmp_path / 'study.db'}"
+    dies = Process(tmp_path, storage, name="dies", slots=1, n_trials=2, step_s=0.2)
+    dies.wait_for(of("step", trial=0))
+    search = Search(study="search", storage=storage)
+    assert search.pause(0).wait(20.0)
+    dies.wait_for(of("step", trial=1))
+    effect = search.resume(0).wait(20.0)
+    assert effect and effect.text.startswith("goes on when a slot is free")
+    dies.send(signal.SIGKILL)
+    dies.killed()
+    lives = Process(tmp_path, storage, name="lives", slots=1, n_trials=2)
+    lives.finish()
+    assert [trial["state"] for trial in result(storage).values()] == ["COMPLETE"] * 2
+    assert not [event for event in lives.of_kind("warning") if "paused by hand" in event["data"]["message"]]
+    counted_once(dies, lives)
+
+
 def test_the_server_is_away_while_two_workers_are_at_work(server: postgres.Server, tmp_path: Path) -> None:
     """Nobody takes anything over, nothing is done twice, and the screen says what is waited for."""
     workers = [Process(tmp_path, server.url(), name=name, step_s=0.1) for name in ("a", "b")]
