@@ -14,7 +14,7 @@ import pytest
 from tests import postgres
 from tests.executor.working import Process, of, result
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.faults]
 
 ALL = bool(os.environ.get("RAPIDFIRE_FAULTS"))
 KILLS = ("round.judged=kill@2", "step=kill@7", "trial.ended=kill@1") if ALL else ("round.judged=kill@2",)

@@ -19,14 +19,14 @@ from rapidfire_automl.workers import MOST_DEATHS
 from tests import postgres
 from tests.executor.working import Process, of, result
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.faults]
 
 ALL = bool(os.environ.get("RAPIDFIRE_FAULTS"))
 AWAY_S = 10.0 if ALL else 3.0
 KILLS = ["step=kill@9"]
 if ALL:
     KILLS += ["worker.claimed=kill@2", "round.reported=kill@2", "round.judged=kill@1", "trial.ended=kill@1"]
-    KILLS += ["checkpoint.renaming=kill@2", "worker.beat=kill@4"]
+    KILLS += ["checkpoint.renaming=kill@2", "worker.beat=kill@2"]
 
 
 @pytest.fixture(scope="module")
