@@ -1,4 +1,4 @@
-"""A disk that is full: how it is told from other trouble, how much stays free, and lines that wait for room.
+"""A disk that is full: how it is told from other trouble, how much stays free, lines that wait for room; whole files.
 
 What matters most is smallest: verdicts, events, the study, adapters. So checkpoints, which are large and only a
 convenience, stop while some of the disk is still free, and lines that can't be written wait in memory.
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno
 import os
+import secrets
 import shutil
 from io import RawIOBase
 from pathlib import Path
@@ -85,6 +86,25 @@ def claim(path: Path) -> IO[str] | None:
             file.close()
             return None
     return file
+
+
+def write_once(path: Path, text: str) -> None:
+    """Write a file, which appears whole; one that is there already stays as it is."""
+    partial = path.with_name(f".{path.stem}-{secrets.token_hex(8)}.partial")
+    try:
+        with partial.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        try:
+            os.link(partial, path)
+        except FileExistsError:
+            pass
+        except OSError:  # a file system without links
+            if not path.exists():
+                partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 class Appender:

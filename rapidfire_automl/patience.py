@@ -5,6 +5,7 @@ What a call comes to whose connection broke while it committed, so that nobody k
 | call | again |
 |---|---|
 | attributes, reported values, heartbeats | are overwritten with the same |
+| an attribute that is settled once | is there already |
 | a parameter | the storage keeps the first, which is the same |
 | a new trial | carries a token; one that is there already is taken, and of several the first |
 | the end of a trial | done if the trial has ended in just that way |
@@ -35,7 +36,7 @@ from optuna.trial import TrialState as OptunaState
 
 from rapidfire_automl import errors_of_storages
 from rapidfire_automl.attempts import TOKEN_ATTR
-from rapidfire_automl.exclusive import Exclusively, exclusively
+from rapidfire_automl.exclusive import Exclusively, exclusively, insert_study_user_attr
 
 logger = logging.getLogger("rapidfire_automl")
 
@@ -266,6 +267,24 @@ class PatientStorage(BaseStorage, BaseHeartbeat):
         with self._exclusively():
             return bool(self._patiently(set_it))
 
+    def settle_study_user_attr(self, study_id: int, key: str, value: Any) -> Any:
+        """Give a study an attribute, unless it has it; workers that do so at once all find the same one.
+
+        Returns:
+            What it has.
+        """
+        engine = _engine(self.inner)
+
+        def settle(tries: int) -> Any:
+            if engine is not None:
+                insert_study_user_attr(engine, study_id, key, value)
+            elif key not in self.inner.get_study_user_attrs(study_id):
+                self.inner.set_study_user_attr(study_id, key, value)
+            return self.inner.get_study_user_attrs(study_id)[key]
+
+        with self._exclusively():
+            return self._patiently(settle)
+
     # -- what can ------------------------------------------------------------------------------------------------------
 
     create_new_study = _delegate("create_new_study")
@@ -316,13 +335,18 @@ def _watch(watched: weakref.ref[PatientStorage]) -> None:
         time.sleep(1.0)
 
 
+def _engine(storage: BaseStorage) -> Any:
+    """SQLAlchemy's, of a storage in a database; else None."""
+    return getattr(getattr(storage, "_backend", storage), "engine", None)
+
+
 def patient(study: optuna.Study, *, patience_s: float) -> PatientStorage | None:
     """Have a study's storage be patient from now on; None where it is in this process's memory."""
     inner = study._storage
     if isinstance(inner, InMemoryStorage):
         return None
     if not isinstance(inner, PatientStorage):
-        engine = getattr(getattr(inner, "_backend", None), "engine", None)
+        engine = _engine(inner)
         alone = not is_heartbeat_enabled(inner)
         inner = study._storage = PatientStorage(inner, alone=alone, exclusively=exclusively(engine))
         if engine is not None:

@@ -7,6 +7,7 @@ import pwd
 import shutil
 import subprocess
 import tempfile
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -74,6 +75,12 @@ class Server:
     def url(self, database: str = "postgres") -> str:
         """For SQLAlchemy."""
         return f"postgresql+psycopg://postgres:a-secret@/{database}?host={self.folder}"
+
+    def fresh(self) -> str:
+        """For SQLAlchemy: a database that nobody has used."""
+        name = f"d{time.monotonic_ns()}"
+        self.run("createdb", "-h", str(self.folder), "-U", "postgres", name)
+        return self.url(name)
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""The panel without a search and without a browser; clicks that steer a real one are in test_steering.py."""
+"""The panel without a search and without a browser; clicks that steer a real one are in test_kernel.py."""
 
 from __future__ import annotations
 

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import threading
 import time
 import warnings
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +21,7 @@ from rapidfire_automl.event_log import read_events
 from rapidfire_automl.events import Event
 from rapidfire_automl.storages import open_storage
 from rapidfire_automl.stories import why
+from tests import postgres
 from tests.executor.forking import Forked
 
 N_TRIALS, N_RACED = 12, 80
@@ -47,6 +51,39 @@ def work(path: str) -> list[int]:
             mine.append(attempts.label(study, trial))
             study.tell(trial, 1.0)
     return mine
+
+
+@pytest.fixture(params=["sqlite", pytest.param("postgresql", marks=pytest.mark.slow)])
+def url(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
+    if request.param == "sqlite":
+        yield f"sqlite:///{tmp_path / 'study.db'}"
+    else:
+        with postgres.server() as server:
+            yield server.url()
+
+
+def test_workers_that_join_at_once_agree(url: str, tmp_path: Path) -> None:
+    """On the search's name, what proposals are drawn from and whose folder it is, whoever was first."""
+    from rapidfire_automl.executor.durability import Durability
+    from rapidfire_automl.executor.ledger import FACTS_ATTR, Ledger
+
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    storages = [open_storage(url, heartbeat_s=1, grace_s=3) for _ in range(4)]
+    together = threading.Barrier(len(storages))
+
+    def join(name: str, storage: Any) -> tuple[str, int]:
+        study = optuna.load_study(study_name=name, storage=storage)
+        durability = Durability(tmp_path / name, lambda *_, **data: None, Ledger(study))
+        together.wait(30.0)
+        durability.join({"base": "a base"})
+        return (tmp_path / name / "study.txt").read_text(), durability.sampler_seed
+
+    with ThreadPoolExecutor(len(storages)) as threads:
+        for name in map(str, range(15)):
+            study = optuna.create_study(study_name=name, storage=storages[0])
+            said = {one.result() for one in [threads.submit(join, name, storage) for storage in storages]}
+            told = study.user_attrs[FACTS_ATTR]
+            assert said == {(told["search"], told["sampler_seed"])}
 
 
 @pytest.mark.slow
@@ -157,6 +194,33 @@ def test_a_trial_that_is_about_to_be_queued_again_is_waited_for(study: optuna.St
     assert crew.claimable() == []
     assert (crew.others, crew.training) == (0, 0)
     assert not workers.are_left(study)
+
+
+def test_a_trial_that_is_queued_again_between_two_looks_is_left(
+    study: optuna.Study, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It trained at the first look, for what waits, and waits at the second, for what trains."""
+    from rapidfire_automl.executor.crew import Crew
+
+    worker, gone = workers.Worker.here(), Forked(int)
+    gone.wait()
+    workers.fill(study, 1)
+    dead = workers.claim(study, workers.claimable(study)[0], worker)
+    assert dead is not None
+    dead.set_user_attr(workers.WORKER_ATTR, {**worker.to_json(), "pid": gone.pid})
+    look = study.get_trials
+
+    def then_it_is_queued(*given: Any, **options: Any) -> Any:
+        found = look(*given, **options)
+        monkeypatch.setattr(study, "get_trials", look)
+        assert workers.reap(study, ()) == [0]
+        return found
+
+    monkeypatch.setattr(study, "get_trials", then_it_is_queued)
+    crew = Crew(study, worker, {}, lambda number: tmp_path, lambda *args, **data: None, lambda reason: None)
+    assert crew.claimable() == []
+    assert (crew.left, crew.others) == (1, 0)
+    assert len(crew.claimable()) == 1
 
 
 def test_a_trial_that_kills_worker_after_worker_is_given_up(study: optuna.Study) -> None:

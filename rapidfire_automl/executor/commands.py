@@ -168,12 +168,16 @@ class Commands:
         return self._rulings.leaving(rolling) if self._standing.wishes and rolling else []
 
     def wait(self, paused: Sequence[Arm]) -> None:
-        """Nothing can go on: wait a moment for a command."""
+        """Nothing can go on: wait a moment for a command.
+
+        Args:
+            paused: By hand, where that is all that is left of the search.
+        """
         if paused and not self._said_all_paused:
             self._said_all_paused = True
             numbers = ", ".join(str(arm.number) for arm in paused)
             message = f"All that is left was paused by hand ({numbers}); the search waits for resume, stop or cancel."
-            logger.warning(message)
+            logger.info(message)  # the event is shown
             self._tell("warning", None, message=message)
         self._memory.wait(0.1)
 

@@ -219,7 +219,8 @@ class Conductor:
             elif source.closed and not self._arms:
                 return
             else:
-                self._commands.wait(by_hand)
+                over = source.exhausted or room <= 0
+                self._commands.wait(by_hand if over and all(map(_is_paused_by_hand, self._arms)) else [])
             self._end_judged(home)
             self._retire(retire)
         self._cancelled = True
@@ -511,6 +512,10 @@ class Conductor:
                 self._idle.wait()
         with contextlib.suppress(Exception):
             self._retire(retire)
+
+
+def _is_paused_by_hand(arm: Arm) -> bool:
+    return arm.ruling is not None and arm.ruling.verdict is Verdict.PAUSE
 
 
 class _Waiting:

@@ -86,7 +86,6 @@ class Crew:
         """Trials that wait for somebody; counts what others do, too."""
         found = workers.claimable(self._study)  # before the look at others: whoever takes one of these is seen there
         self.refresh()
-        self.left = len(found)
         return found
 
     def claim(self, trial: FrozenTrial) -> optuna.Trial | None:
@@ -133,10 +132,11 @@ class Crew:
             return set(self._arms)
 
     def refresh(self) -> None:
-        """Look how other workers' trials fare."""
-        self.others = self.training = 0
+        """Look how other workers' trials fare, and how many wait."""
+        self.left = self.others = self.training = 0
         mine = self.numbers
         for number, trial in attempts.last_attempts(self._study).items():
+            self.left += trial.state is OptunaState.WAITING
             if number in mine or trial.number in self._ended:
                 continue
             page = trial.user_attrs.get(workers.LEDGER_ATTR) or {}

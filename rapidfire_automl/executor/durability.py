@@ -24,7 +24,7 @@ from optuna.trial import TrialState as OptunaState
 
 from rapidfire_automl import attempts, failpoints
 from rapidfire_automl.attempts import VECTORS_ATTR
-from rapidfire_automl.disk import make_folder
+from rapidfire_automl.disk import make_folder, write_once
 from rapidfire_automl.executor.arm import Arm
 from rapidfire_automl.executor.checkpoints import Snapshot, chunk_folder, disk_bytes, newest
 from rapidfire_automl.executor.evaluation import Measured
@@ -202,7 +202,7 @@ class Durability:
         owner = self._folder / _OWNER
         owner.parent.mkdir(parents=True, exist_ok=True)
         if not owner.exists():
-            owner.write_text(search, encoding="utf-8")
+            write_once(owner, search)
         if (other := owner.read_text(encoding="utf-8")) != search:
             raise SearchDiffers(f"{self._folder} holds the search {other}, this is {search}. Take another folder.")
         self._on = True

@@ -13,6 +13,7 @@ from typing import Any
 import optuna
 
 from rapidfire_automl.executor.journal import Kept, Past, SearchDiffers, differences
+from rapidfire_automl.patience import PatientStorage
 from rapidfire_automl.seeding import seed_of
 from rapidfire_automl.workers import LEDGER_ATTR
 from rapidfire_policies.base import Verdict
@@ -45,9 +46,10 @@ class Ledger:
         told = self._study.user_attrs.get(FACTS_ATTR)
         if not isinstance(told, Mapping):
             name = f"{self._study.study_name} {secrets.token_hex(8)}"
-            told = {"facts": dict(facts), "sampler_seed": seed_of(self._study.sampler), "search": name}
-            self._study.set_user_attr(FACTS_ATTR, told)
-            told = self._study.user_attrs[FACTS_ATTR]  # another may have been as quick
+            mine = {"facts": dict(facts), "sampler_seed": seed_of(self._study.sampler), "search": name}
+            storage = self._study._storage
+            assert isinstance(storage, PatientStorage)
+            told = storage.settle_study_user_attr(self._study._study_id, FACTS_ATTR, mine)
         if differ := differences(told["facts"], facts):
             raise SearchDiffers(
                 f"This worker can't join study {self._study.study_name}: {'; '.join(differ)}. Start it with the same "

@@ -7,7 +7,6 @@ import json
 import logging
 import os
 import socket
-import threading
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -15,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from rapidfire_automl.control import LARGEST_BYTES, Command, ControlError, Effect, Sent
+from rapidfire_automl.disk import write_once
 from rapidfire_automl.jsonable import dumps
 
 _log = logging.getLogger("rapidfire_automl")
@@ -70,7 +70,7 @@ class FolderMailbox:
             command = replace(command, attempt=listens.get("attempt"))
         text = command.to_json()
         self._make()
-        _write(self._folder / f"{command.id}.json", text)
+        write_once(self._folder / f"{command.id}.json", text)
         return Sent(command, lambda timeout_s: self._look(command.id, timeout_s))
 
     def _make(self) -> None:
@@ -154,7 +154,7 @@ class FolderMailbox:
             "effect": effect,
         }
         try:
-            _write(self._answers / f"{command.id}.json", dumps(told))
+            write_once(self._answers / f"{command.id}.json", dumps(told))
         except (OSError, ControlError) as error:
             _log.warning("The answer to %s cannot be written: %s", command.describe(), error)
 
@@ -186,22 +186,3 @@ def _is_gone(listens: Mapping[str, Any]) -> bool:
     except OSError:
         return False
     return False
-
-
-def _write(path: Path, text: str) -> None:
-    """Write a file whole, under a name that nobody has; one that is there already stays as it is."""
-    partial = path.with_name(f".{path.stem}-{os.getpid()}-{threading.get_ident()}.partial")
-    try:
-        with partial.open("w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        try:
-            os.link(partial, path)
-        except FileExistsError:
-            pass
-        except OSError:  # a file system without links
-            if not path.exists():
-                partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)

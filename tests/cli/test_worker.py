@@ -12,7 +12,7 @@ import pytest
 from tests import postgres
 from tests.executor.forking import Forked
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.faults]
 
 TINY = Path(__file__).resolve().parents[1] / "tiny"
 SEARCH = """

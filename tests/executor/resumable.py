@@ -47,6 +47,7 @@ def run(
     lowest: float = 1e-4,
     hidden: int = 32,
     term_at: int | None = None,
+    terms: int = 1,
     checkpoint_at: int | None = None,
     steered: bool = False,
     more: bool = False,
@@ -109,7 +110,7 @@ def run(
     events = []
     executor.add_listener(lambda event: events.append((event.kind, event.trial, dict(event.data))))
     moments: dict[int | None, Callable[[], Any]] = {
-        term_at: lambda: os.kill(os.getpid(), signal.SIGTERM),
+        term_at: lambda: _terminate(terms),
         lifted_at: lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard)),
         checkpoint_at: executor.checkpoint,
     }
@@ -153,6 +154,13 @@ def _at_steps(moments: Mapping[int | None, Callable[[], Any]]) -> Callable[[Even
             what()
 
     return do
+
+
+def _terminate(times: int) -> None:
+    """SIGTERM, so often: the step from which it comes is not at its end before the last is heard."""
+    for again in range(times):
+        time.sleep(0.2 if again else 0.0)
+        os.kill(os.getpid(), signal.SIGTERM)
 
 
 def _killer(checkpoints: int) -> Callable[[Event], None]:

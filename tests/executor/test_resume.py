@@ -151,6 +151,25 @@ def test_killed_while_a_checkpoint_is_replaced(whole: Whole, tmp_path: Path) -> 
 
 
 @pytest.mark.slow
+def test_a_second_sigterm_leaves_at_once(whole: Whole, tmp_path: Path) -> None:
+    """While trials finish their steps: they go on from their last checkpoints."""
+    process = start(tmp_path, policy="promotion", term_at=7, terms=2)
+    assert process.wait(20.0) == 128 + signal.SIGTERM, process.err
+    assert len(steps(tmp_path)) == 7, "who was in the middle of a step did not end it"
+    assert_same(start(tmp_path, policy="promotion").result(), whole("promotion", True))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("how", ["bit", "truncated"])
+def test_killed_and_its_newest_checkpoint_damaged(whole: Whole, tmp_path: Path, how: str) -> None:
+    start(tmp_path, policy="promotion", failpoints="step=kill@11").killed()
+    damage(tmp_path, how)
+    found = start(tmp_path, policy="promotion").result()
+    assert "checkpoint_damaged" in found["events"]
+    assert_same(found, whole("promotion", True))
+
+
+@pytest.mark.slow
 def test_a_checkpoint_on_request(whole: Whole, tmp_path: Path) -> None:
     """In the first chunk, of four steps; killed when it is written, nothing up to there is done again."""
     start(tmp_path, policy="promotion", checkpoint_at=3).killed()
@@ -160,6 +179,22 @@ def test_a_checkpoint_on_request(whole: Whole, tmp_path: Path) -> None:
     assert_same(start(tmp_path, policy="promotion").result(), whole("promotion", True))
     again = {step for step, times in Counter(steps(tmp_path)).items() if times > 1}
     assert again.isdisjoint({(0, 1), (0, 2), (0, 3), (1, 1), (1, 2)})
+
+
+def damage(folder: Path, how: str) -> None:
+    """Damage the newest checkpoint."""
+    newest = max(folder.glob("out/trials/*/checkpoints/chunk-*"), key=lambda path: path.name)
+    tensors = newest / "tensors.safetensors"
+    content = bytearray(tensors.read_bytes())
+    if how == "truncated":
+        tensors.write_bytes(content[: len(content) // 2])
+    elif how == "bit":
+        content[len(content) // 2] ^= 1
+        tensors.write_bytes(content)
+    elif how == "pickle":
+        (newest / "optimizer.pt").write_bytes(pickle.dumps({"state": {}}))
+    else:
+        tensors.unlink()
 
 
 def steps(folder: Path) -> list[tuple[int | None, int]]:
@@ -209,24 +244,13 @@ def test_an_error_of_the_search_loses_nothing(
 
 
 @pytest.mark.parametrize(
-    "damage", ["bit", *(pytest.param(how, marks=pytest.mark.slow) for how in ("truncated", "pickle", "missing"))]
+    "how", ["bit", *(pytest.param(how, marks=pytest.mark.slow) for how in ("truncated", "pickle", "missing"))]
 )
 def test_a_damaged_checkpoint_falls_back_to_the_one_before(
-    undisturbed: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, damage: str
+    undisturbed: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, how: str
 ) -> None:
     interrupted(tmp_path, monkeypatch)
-    newest = max(tmp_path.glob("out/trials/*/checkpoints/chunk-*"), key=lambda path: path.name)
-    tensors = newest / "tensors.safetensors"
-    content = bytearray(tensors.read_bytes())
-    if damage == "truncated":
-        tensors.write_bytes(content[: len(content) // 2])
-    elif damage == "bit":
-        content[len(content) // 2] ^= 1
-        tensors.write_bytes(content)
-    elif damage == "pickle":
-        (newest / "optimizer.pt").write_bytes(pickle.dumps({"state": {}}))
-    else:
-        tensors.unlink()
+    damage(tmp_path, how)
     found = search(tmp_path)
     assert "checkpoint_damaged" in found["events"]
     assert found["trials"] == undisturbed["trials"]

@@ -17,7 +17,7 @@ from rapidfire_automl.control import Command
 from tests.executor import resumable
 from tests.executor.forking import Forked
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.faults]
 ALL = bool(os.environ.get("RAPIDFIRE_FAULTS"))
 """Whether `make test-faults` asks for every fault."""
 OPTIONS = {"policy": "nop", "n_trials": 3, "steered": True}

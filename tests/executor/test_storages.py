@@ -14,7 +14,7 @@ import pytest
 from tests import postgres
 from tests.executor.working import Process, of, result
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.faults]
 
 ALL = bool(os.environ.get("RAPIDFIRE_FAULTS"))
 KILLS = ("round.judged=kill@2", "step=kill@7", "trial.ended=kill@1") if ALL else ("round.judged=kill@2",)
@@ -32,14 +32,8 @@ def storage(request: pytest.FixtureRequest, tmp_path: Path) -> str:
         return f"sqlite:///{tmp_path / 'study.db'}"
     if request.param == "journal":
         return f"journal://{tmp_path / 'study.log'}"
-    return fresh(request.getfixturevalue("server"))
-
-
-def fresh(server: postgres.Server) -> str:
-    """A database that nobody has used."""
-    name = f"d{time.monotonic_ns()}"
-    server.run("createdb", "-h", str(server.folder), "-U", "postgres", name)
-    return server.url(name)
+    url: str = request.getfixturevalue("server").fresh()
+    return url
 
 
 def search(folder: Path, storage: str, failpoints: str = "", **options: Any) -> Process:
@@ -74,7 +68,7 @@ def test_a_storage_that_stays_away_ends_the_search_which_goes_on_later(
     whole: dict[int, dict[str, Any]], server: postgres.Server, tmp_path: Path
 ) -> None:
     """What was trained before is kept, though the storage can't be told so."""
-    storage = fresh(server)
+    storage = server.fresh()
     ends = search(tmp_path, storage, patience_s=1.0, step_s=0.05)
     ends.wait_for(of("chunk_done"))
     server.stop()
@@ -95,7 +89,7 @@ def test_a_server_that_is_frozen_is_waited_for(
     whole: dict[int, dict[str, Any]], server: postgres.Server, tmp_path: Path, patience_s: float
 ) -> None:
     """It refuses nothing and answers nothing; when the time is over the search hangs up."""
-    storage = fresh(server)
+    storage = server.fresh()
     waits = search(tmp_path, storage, step_s=0.05, patience_s=patience_s)
     waits.wait_for(of("chunk_done"))
     pids = server.pids

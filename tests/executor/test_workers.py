@@ -19,14 +19,14 @@ from rapidfire_automl.workers import MOST_DEATHS
 from tests import postgres
 from tests.executor.working import Process, of, result
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.faults]
 
 ALL = bool(os.environ.get("RAPIDFIRE_FAULTS"))
 AWAY_S = 10.0 if ALL else 3.0
 KILLS = ["step=kill@9"]
 if ALL:
     KILLS += ["worker.claimed=kill@2", "round.reported=kill@2", "round.judged=kill@1", "trial.ended=kill@1"]
-    KILLS += ["checkpoint.renaming=kill@2", "worker.beat=kill@4"]
+    KILLS += ["checkpoint.renaming=kill@2", "worker.beat=kill@2"]
 
 
 @pytest.fixture(scope="module")
@@ -96,10 +96,48 @@ def test_trials_that_kill_every_worker_are_given_up(tmp_path: Path) -> None:
     assert [(trial["state"], trial["attempt"]) for trial in result(storage).values()] == [("FAIL", MOST_DEATHS)] * 2
 
 
+def test_a_killed_workers_trials_are_judged_once(alone: dict[int, dict[str, Any]], tmp_path: Path) -> None:
+    """A rule that stops: each verdict stands once, whoever was first, and the best of those judged is never stopped."""
+    storage = f"sqlite:///{tmp_path / 'study.db'}"
+    options: dict[str, Any] = {"policy": "asha", "n_trials": 6, "step_s": 0.1}
+    dies = Process(tmp_path, storage, "step=kill@9", name="dies", **options)
+    lives = Process(tmp_path, storage, name="lives", **options)
+    dies.killed()
+    lives.finish()
+    found = result(storage)
+    counted_once(dies, lives)
+    assert len(found) == 6 and {trial["state"] for trial in found.values()} == {"COMPLETE", "PRUNED"}
+    assert max(trial["attempt"] for trial in found.values()) == 2
+    for number, trial in found.items():
+        chunks, stops = len(trial["values"]), [one for one in trial["verdicts"] if one[1] == "stop"]
+        assert trial["value"] == trial["values"][-1]
+        if trial["state"] == "COMPLETE":
+            assert (chunks, stops) == (3, [])
+            continue
+        assert [chunk for chunk, _, _ in stops] == [chunks] and chunks < 3
+        others = [other["values"][chunks - 1] for other in found.values() if len(other["values"]) >= chunks]
+        assert min(others) < trial["value"], number
+    for number in (0, 1):
+        trained = found[number]["values"]
+        assert found[number]["params"] == alone[number]["params"]
+        assert trained == alone[number]["values"][: len(trained)]
+
+
+def stands_still(task: Path) -> bool:
+    """Whether SIGSTOP has come to a thread, or it has ended."""
+    try:
+        return (task / "stat").read_text().rpartition(")")[2].split()[0] == "T"
+    except OSError:
+        return True
+
+
 def freeze(worker: Process, database: Path) -> None:
-    """SIGSTOP, but not while it has a lock on the file, which would stop everybody until it thaws."""
+    """SIGSTOP, but not while it has a lock on SQLite's file, which would stop everybody until it thaws."""
     for _ in range(100):
         worker.send(signal.SIGSTOP)
+        worker.until(lambda: all(stands_still(task) for task in Path(f"/proc/{worker.pid}/task").iterdir()))
+        if not database.exists():  # a server takes locks from who is silent
+            return
         try:
             with sqlite3.connect(database, timeout=0.1, isolation_level=None) as connection:
                 connection.execute("BEGIN EXCLUSIVE")
@@ -111,8 +149,12 @@ def freeze(worker: Process, database: Path) -> None:
     raise AssertionError("it always has a lock")
 
 
-def test_a_frozen_worker_does_not_count_twice_when_it_thaws(alone: dict[int, dict[str, Any]], tmp_path: Path) -> None:
-    storage = f"sqlite:///{tmp_path / 'study.db'}"
+@pytest.mark.parametrize("kind", ["sqlite", "postgresql"])
+def test_a_frozen_worker_does_not_count_twice_when_it_thaws(
+    request: pytest.FixtureRequest, alone: dict[int, dict[str, Any]], tmp_path: Path, kind: str
+) -> None:
+    on_server = kind == "postgresql"
+    storage = request.getfixturevalue("server").fresh() if on_server else f"sqlite:///{tmp_path / 'study.db'}"
     frozen = Process(tmp_path, storage, name="frozen", step_s=0.1)
     frozen.wait_for(of("chunk_done"))
     freeze(frozen, tmp_path / "study.db")
@@ -153,6 +195,25 @@ def test_commands_reach_whoever_has_the_trial_and_are_done_once(tmp_path: Path) 
     found = result(storage)
     assert set(found) == {0, 1, 2, 3, 4}
     assert found[of_b]["state"] == "PRUNED"
+
+
+def test_who_was_resumed_by_hand_goes_on_with_another_worker(tmp_path: Path) -> None:
+    """It had waited for a slot when its worker died: nothing is left to wait for."""
+    storage = f"sqlite:///{tmp_path / 'study.db'}"
+    dies = Process(tmp_path, storage, name="dies", slots=1, n_trials=2, step_s=0.2)
+    dies.wait_for(of("step", trial=0))
+    search = Search(study="search", storage=storage)
+    assert search.pause(0).wait(20.0)
+    dies.wait_for(of("step", trial=1))
+    effect = search.resume(0).wait(20.0)
+    assert effect and effect.text.startswith("goes on when a slot is free")
+    dies.send(signal.SIGKILL)
+    dies.killed()
+    lives = Process(tmp_path, storage, name="lives", slots=1, n_trials=2)
+    lives.finish()
+    assert [trial["state"] for trial in result(storage).values()] == ["COMPLETE"] * 2
+    assert not [event for event in lives.of_kind("warning") if "paused by hand" in event["data"]["message"]]
+    counted_once(dies, lives)
 
 
 def test_the_server_is_away_while_two_workers_are_at_work(server: postgres.Server, tmp_path: Path) -> None:

@@ -82,6 +82,7 @@ def result(storage: str) -> dict[int, dict[str, Any]]:
             "params": trial.params,
             "attempt": 1 + len(trial.system_attrs.get("retry_history", ())),
             "adapter": trial.user_attrs.get("rapidfire:adapter"),
+            "verdicts": trial.user_attrs.get("rapidfire:ledger", {}).get("verdicts", []),
             "worker": trial.user_attrs.get("rapidfire:worker", {}).get("pid"),
         }
         for number, trial in last_attempts(study).items()
