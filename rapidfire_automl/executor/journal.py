@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -194,10 +194,10 @@ def _judge(past: Past, entry: Mapping[str, Any]) -> None:
 
 def _entries(path: Path) -> Iterator[Mapping[str, Any]]:
     try:
-        lines: Sequence[str] = path.read_text(encoding="utf-8", errors="replace").splitlines()
+        content = path.read_bytes()
     except FileNotFoundError:
         return
-    for line in lines:
+    for line in content.decode(errors="replace").split("\n"):  # other separators may stand in a text
         try:
             entry = json.loads(line)
         except ValueError:
