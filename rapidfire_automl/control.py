@@ -57,6 +57,8 @@ RULED = ("paused by ", "resumed by ", "stopped by ")
 """What the reason of a person's verdict begins with; who it was follows."""
 LARGEST_BYTES = 64 * 1024
 """Of a command as JSON: enough for any configuration, too little to fill a disk with."""
+MOST_CHUNKS = 10_000
+"""By which one command extends a trial: more than anybody means, few enough to be written into the journal."""
 DEEPEST = 16
 """Lists and tables within one another in an argument: enough for any policy that holds policies."""
 
@@ -262,6 +264,10 @@ class Controls:
 
         From its next step on, its learning rate follows the schedule a trial of the new length has. The policy judges
         it no more once it has done as many chunks as the others.
+
+        Args:
+            trial: Which.
+            chunks: How many more, at most `MOST_CHUNKS`.
         """
         return self._send(Command("extend", trial, {"chunks": chunks}))
 
@@ -309,6 +315,8 @@ def _checked(verb: str, arguments: Any) -> dict[str, Any]:
             raise ControlError(f"`warm_start` must be true or false, got {reprlib.repr(given['warm_start'])}.")
     if verb == "extend":
         _whole("chunks", given.get("chunks"), least=1)
+        if given["chunks"] > MOST_CHUNKS:
+            raise ControlError(f"`chunks` must be at most {MOST_CHUNKS} in one command, got {given['chunks']}.")
     if verb == "set-policy":
         given.setdefault("name", None)
         given["arguments"] = _changes(given.get("arguments", {}))

@@ -59,6 +59,10 @@ def test_a_command_survives_the_way_to_another_process(verb: str) -> None:
             "`chunks` is no argument of pause. It takes: none.",
         ),
         ({"verb": "extend", "trial": 3, "arguments": {"chunks": 0}}, "`chunks` must be a whole number >= 1, got 0."),
+        (
+            {"verb": "extend", "trial": 3, "arguments": {"chunks": 20_000_000}},
+            "`chunks` must be at most 10000 in one command, got 20000000.",
+        ),
         ({"verb": "extend", "trial": 3}, "got None"),
         ({"verb": "clone", "trial": 3, "arguments": {"warm_start": "yes"}}, "true or false"),
         ({"verb": "clone", "trial": 3, "arguments": {"set": {"lr": float("nan")}}}, "`lr` must be finite, got nan."),
