@@ -39,6 +39,7 @@ from __future__ import annotations
 import json
 import math
 import re
+import reprlib
 import secrets
 import time
 from collections.abc import Callable, Mapping
@@ -56,6 +57,10 @@ RULED = ("paused by ", "resumed by ", "stopped by ")
 """What the reason of a person's verdict begins with; who it was follows."""
 LARGEST_BYTES = 64 * 1024
 """Of a command as JSON: enough for any configuration, too little to fill a disk with."""
+MOST_CHUNKS = 10_000
+"""By which one command extends a trial: more than anybody means, few enough to be written into the journal."""
+DEEPEST = 16
+"""Lists and tables within one another in an argument: enough for any policy that holds policies."""
 
 _TAKES: dict[str, tuple[str, ...]] = {
     "clone": ("set", "warm_start"),
@@ -104,20 +109,22 @@ class Command:
     attempt: int | None = None
 
     def __post_init__(self) -> None:
-        if self.verb not in VERBS:
-            near = nearest(str(self.verb), VERBS)
+        if not isinstance(self.verb, str) or self.verb not in VERBS:
+            said = self.verb if isinstance(self.verb, str) else reprlib.repr(self.verb)
+            near = nearest(said, VERBS)
             hint = f"Did you mean `{near}`?" if near else f"Known are {', '.join(VERBS)}."
-            raise ControlError(f"`{self.verb}` is no command. {hint}")
+            raise ControlError(f"`{said}` is no command. {hint}")
         if self.verb in OF_A_TRIAL:
             _whole(f"trial of {self.verb}", self.trial, least=0)
         elif self.trial is not None:
-            raise ControlError(f"`{self.verb}` is about the whole search, got trial {self.trial}. Leave the trial out.")
+            got = reprlib.repr(self.trial)
+            raise ControlError(f"`{self.verb}` is about the whole search, got trial {got}. Leave the trial out.")
         if not isinstance(self.id, str) or not _NAME.fullmatch(self.id):
-            raise ControlError(f"`id` must be up to 80 letters, digits, `-` and `_`, got {self.id!r}.")
+            raise ControlError(f"`id` must be up to 80 letters, digits, `-` and `_`, got {reprlib.repr(self.id)}.")
         if not isinstance(self.source, str) or not self.source.isprintable() or len(self.source) > 200:
-            raise ControlError(f"`source` must be a line of up to 200 characters, got {self.source!r}.")
-        if isinstance(self.when_s, bool) or not isinstance(self.when_s, (int, float)) or not math.isfinite(self.when_s):
-            raise ControlError(f"`when_s` must be a finite number, got {self.when_s!r}.")
+            raise ControlError(f"`source` must be a line of up to 200 characters, got {reprlib.repr(self.source)}.")
+        if isinstance(self.when_s, bool) or not isinstance(self.when_s, (int, float)) or not _fits(self.when_s):
+            raise ControlError(f"`when_s` must be a finite number, got {reprlib.repr(self.when_s)}.")
         if self.attempt is not None:
             _whole("attempt", self.attempt, least=1)
         object.__setattr__(self, "arguments", _checked(self.verb, self.arguments))
@@ -257,6 +264,10 @@ class Controls:
 
         From its next step on, its learning rate follows the schedule a trial of the new length has. The policy judges
         it no more once it has done as many chunks as the others.
+
+        Args:
+            trial: Which.
+            chunks: How many more, at most `MOST_CHUNKS`.
         """
         return self._send(Command("extend", trial, {"chunks": chunks}))
 
@@ -290,7 +301,7 @@ def new_id() -> str:
 def _checked(verb: str, arguments: Any) -> dict[str, Any]:
     """The arguments with what was left out."""
     if not isinstance(arguments, Mapping) or not all(isinstance(name, str) for name in arguments):
-        raise ControlError(f"`arguments` must be a table, got {arguments!r}.")
+        raise ControlError(f"`arguments` must be a table, got {reprlib.repr(arguments)}.")
     for name in arguments:
         if name not in _TAKES.get(verb, ()):
             takes = ", ".join(_TAKES.get(verb, ())) or "none"
@@ -301,9 +312,11 @@ def _checked(verb: str, arguments: Any) -> dict[str, Any]:
     if verb == "clone":
         given.setdefault("warm_start", False)
         if not isinstance(given["warm_start"], bool):
-            raise ControlError(f"`warm_start` must be true or false, got {given['warm_start']!r}.")
+            raise ControlError(f"`warm_start` must be true or false, got {reprlib.repr(given['warm_start'])}.")
     if verb == "extend":
         _whole("chunks", given.get("chunks"), least=1)
+        if given["chunks"] > MOST_CHUNKS:
+            raise ControlError(f"`chunks` must be at most {MOST_CHUNKS} in one command, got {given['chunks']}.")
     if verb == "set-policy":
         given.setdefault("name", None)
         given["arguments"] = _changes(given.get("arguments", {}))
@@ -312,15 +325,29 @@ def _checked(verb: str, arguments: Any) -> dict[str, Any]:
 
 def _changes(changes: Any) -> dict[str, Any]:
     if not isinstance(changes, Mapping):
-        raise ControlError(f"`set` must be a table of names and values, got {changes!r}.")
+        raise ControlError(f"`set` must be a table of names and values, got {reprlib.repr(changes)}.")
     for name, value in changes.items():
         if not isinstance(name, str) or not name.isprintable() or not name:
-            raise ControlError(f"A parameter's name must be a word, got {name!r}.")
-        if isinstance(value, float) and not math.isfinite(value):
-            raise ControlError(f"`{name}` must be finite, got {value}.")
+            raise ControlError(f"A parameter's name must be a word, got {reprlib.repr(name)}.")
+        _check_value(name, value)
     return dict(changes)
 
 
+def _check_value(name: str, value: Any, depth: int = 0) -> None:
+    if isinstance(value, (int, float)) and not _fits(value):
+        wanted = "fit into 64 bits" if isinstance(value, int) else "be finite"
+        raise ControlError(f"`{name}` must {wanted}, got {reprlib.repr(value)}.")
+    if isinstance(value, (list, tuple, Mapping)):
+        if depth == DEEPEST:
+            raise ControlError(f"`{name}` must have at most {DEEPEST} lists and tables within one another.")
+        for inner in value.values() if isinstance(value, Mapping) else value:
+            _check_value(name, inner, depth + 1)
+
+
+def _fits(value: float) -> bool:
+    return abs(value) < 2**63 if isinstance(value, int) else math.isfinite(value)
+
+
 def _whole(name: str, value: Any, least: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        raise ControlError(f"`{name}` must be a whole number >= {least}, got {value!r}.")
+    if isinstance(value, bool) or not isinstance(value, int) or value < least or not _fits(value):
+        raise ControlError(f"`{name}` must be a whole number >= {least}, got {reprlib.repr(value)}.")

@@ -77,7 +77,7 @@ class EventLog:
                     "data": event.data,
                 }
             )
-            self._write(line.encode(errors="backslashreplace") + b"\n", sync=event.kind == "verdict")
+            self._write(line.encode() + b"\n", sync=event.kind == "verdict")
             for listener in self._listeners:
                 try:
                     listener(event)

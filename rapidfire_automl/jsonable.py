@@ -44,5 +44,8 @@ def jsonable(value: Any) -> Any:
 
 
 def dumps(value: Any, *, indent: int | None = None) -> str:
-    """`json.dumps` of `jsonable(value)`; never writes the NaN and Infinity tokens that JSON does not have."""
-    return json.dumps(jsonable(value), indent=indent, allow_nan=False, ensure_ascii=False)
+    """`json.dumps` of `jsonable(value)` in ASCII; never writes the NaN and Infinity tokens that JSON does not have.
+
+    ASCII since a file name that is no UTF-8 can't be encoded otherwise.
+    """
+    return json.dumps(jsonable(value), indent=indent, allow_nan=False)

@@ -12,6 +12,9 @@ from typing import Any
 
 import optuna
 import pytest
+from hypothesis import given as drawn
+from hypothesis import settings
+from hypothesis import strategies as st
 
 from rapidfire_automl.control import LARGEST_BYTES, VERBS, Command, ControlError, Controls, Effect
 from rapidfire_automl.mailboxes import FolderMailbox, MemoryMailbox, StudyMailbox
@@ -33,6 +36,8 @@ GOOD: dict[str, dict[str, Any]] = {
     "checkpoint": {},
     "cancel": {},
 }
+HUGE = "1" + 400 * "0"
+DEEP = 900 * "[" + 900 * "]"
 
 
 @pytest.mark.parametrize("verb", VERBS)
@@ -54,6 +59,10 @@ def test_a_command_survives_the_way_to_another_process(verb: str) -> None:
             "`chunks` is no argument of pause. It takes: none.",
         ),
         ({"verb": "extend", "trial": 3, "arguments": {"chunks": 0}}, "`chunks` must be a whole number >= 1, got 0."),
+        (
+            {"verb": "extend", "trial": 3, "arguments": {"chunks": 20_000_000}},
+            "`chunks` must be at most 10000 in one command, got 20000000.",
+        ),
         ({"verb": "extend", "trial": 3}, "got None"),
         ({"verb": "clone", "trial": 3, "arguments": {"warm_start": "yes"}}, "true or false"),
         ({"verb": "clone", "trial": 3, "arguments": {"set": {"lr": float("nan")}}}, "`lr` must be finite, got nan."),
@@ -87,11 +96,58 @@ def test_what_is_no_command(given: dict[str, Any], message: str) -> None:
         '{"id": 5, "verb": "pause", "trial": 3}',
         "[" * 5000,
         " " * (LARGEST_BYTES + 1),
+        f'{{"id": "x", "verb": "pause", "trial": 3, "when_s": {HUGE}}}',
+        f'{{"id": "x", "verb": "pause", "trial": 3, "when_s": {HUGE * 20}}}',
+        f'{{"id": "x", "verb": "pause", "trial": {HUGE}}}',
+        f'{{"id": "x", "verb": "pause", "trial": 3, "attempt": {HUGE}}}',
+        f'{{"id": "x", "verb": "add", "arguments": {{"set": {{"lr": {HUGE}}}}}}}',
+        f'{{"id": "x", "verb": "add", "arguments": {{"set": {{"lr": {DEEP}}}}}}}',
+        '{"id": "x", "verb": "add", "arguments": {"set": {"lr": [{"a": NaN}]}}}',
+        f'{{"id": "x", "verb": "pause", "trial": 3, "arguments": {DEEP}}}',
+        f'{{"id": "x", "verb": {DEEP}}}',
     ],
+    ids=lambda text: text[:60],
 )
 def test_whatever_another_process_writes_is_checked(text: str) -> None:
     with pytest.raises(ControlError):
         Command.from_json(text)
+
+
+NUMBERS = st.sampled_from([10**400, -(10**400), 10**20, float("nan"), float("inf"), 1e300, -1, 0, True])
+ODD_VALUES = NUMBERS | st.recursive(
+    st.none() | NUMBERS | st.text(st.characters(exclude_categories=())),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
+    max_leaves=8,
+)
+ARGUMENTS = {
+    "clone": ("set", "warm_start"),
+    "add": ("set",),
+    "extend": ("chunks",),
+    "set-policy": ("name", "arguments"),
+}
+
+
+@st.composite
+def odd_commands(draw: st.DrawFn) -> dict[str, Any]:
+    """Commands with something odd in one place."""
+    verb = draw(st.sampled_from(VERBS))
+    told = {"id": "x", "verb": verb, "source": "a test", "when_s": 1e9, "attempt": 1, **GOOD[verb]}
+    place, value = draw(st.sampled_from([*told, *ARGUMENTS.get(verb, ())])), draw(ODD_VALUES)
+    if place in told:
+        return {**told, place: value}
+    is_table = place in ("set", "arguments") and draw(st.booleans())
+    return {**told, "arguments": {**told["arguments"], place: {"lr": value} if is_table else value}}
+
+
+@settings(deadline=None, max_examples=400)
+@drawn(odd_commands())
+def test_any_json_is_a_command_or_is_refused(told: Any) -> None:
+    try:
+        command = Command.from_json(json.dumps(told))
+    except ControlError:
+        return
+    assert Command.from_json(command.to_json()) == command
+    assert command.describe()
 
 
 def test_an_object_does_not_leave_the_process() -> None:
@@ -235,6 +291,24 @@ def test_what_others_put_into_the_folder_does_no_harm(tmp_path: Path) -> None:
     (folder / "folder.json").mkdir()
     sent = sender.send(command)
     assert search.take() == [sent.command]
+
+
+@pytest.mark.parametrize("text", ["pause 3", f'{{"id": "bad", "verb": "pause", "trial": 3, "when_s": {HUGE}}}'])
+def test_what_is_no_command_is_answered_and_not_looked_at_again(boxes: Any, text: str) -> None:
+    sender, search, again = boxes
+    search.open()
+    if isinstance(search, FolderMailbox):
+        (search.run_dir / "commands" / "bad.json").write_text(text)
+    else:
+        search._study.set_user_attr(COMMAND_ATTR + "bad", text)
+    good = sender.send(Command("pause", 3))
+    assert search.take() == [good.command]
+    effect = sender._look("bad", 5)
+    assert effect is not None
+    assert (effect.state, effect.text.split(":")[0]) == ("refused", "it is no command")
+    second = again()
+    second.open()
+    assert second.take() == [good.command]
 
 
 def test_files_appear_whole(tmp_path: Path) -> None:

@@ -120,6 +120,12 @@ def test_all_failed(tmp_path: Path) -> None:
     assert summary["first_verdict_s"] is None
 
 
+def test_odd_characters_in_an_error_cost_no_results(tmp_path: Path) -> None:
+    odd = "caf\udce9 \u2028"
+    search(tmp_path, FakeExecutor(4, 4, fails={1: odd}, prune=False), n_trials=4)
+    assert read(tmp_path)["trials"][1]["error"] == f"RuntimeError: {odd}"
+
+
 def test_ctrl_c_keeps_what_is_done(tmp_path: Path) -> None:
     with pytest.raises(SearchInterrupted) as caught:
         search(tmp_path, FakeExecutor(4, 4, interrupt_after=18, prune=False))

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -197,11 +197,13 @@ def _judge(past: Past, entry: Mapping[str, Any]) -> None:
 
 def _entries(path: Path, damaged: list[int]) -> Iterator[Mapping[str, Any]]:
     try:
-        text = path.read_text(encoding="utf-8", errors="replace")
+        content = path.read_bytes()
     except FileNotFoundError:
         return
-    lines: Sequence[str] = text[: text.rfind("\n") + 1].splitlines()  # what follows is cut short by a kill
-    for number, line in enumerate(lines, start=1):
+    whole = content[: content.rfind(b"
+") + 1]  # what follows is cut short by a kill
+    for number, line in enumerate(whole.decode(errors="replace").split("
+"), start=1):  # texts may hold others
         try:
             entry = json.loads(line) if line else {}
         except ValueError:

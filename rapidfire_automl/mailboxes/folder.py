@@ -84,14 +84,14 @@ class FolderMailbox:
         return found
 
     def _answered(self, name: str) -> Effect | None:
-        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError, RecursionError):
             told = json.loads((self._answers / f"{name}.json").read_text(encoding="utf-8"))
             return Effect(told["effect"]["state"], told["effect"]["text"], told["effect"]["when_s"])
         return None
 
     def listener(self) -> dict[str, Any] | None:
         """Which attempt of the search listens, or did last; None if none ever did."""
-        with contextlib.suppress(OSError, ValueError):
+        with contextlib.suppress(OSError, ValueError, RecursionError):
             told = json.loads((self._folder / "attempt.json").read_text(encoding="utf-8"))
             if isinstance(told, dict):
                 return told
@@ -137,8 +137,9 @@ class FolderMailbox:
                 command = Command.from_json(path.read_bytes())
                 if command.id != name:
                     raise ControlError(f"its id is {command.id}")
-            except (ControlError, OSError, TypeError) as error:
-                _log.warning("%s is no command and is ignored: %s", path, error)
+            except Exception as error:  # whatever somebody has put there, the search goes on
+                _log.warning("%s is no command: %s", path, error)
+                self._say(name, {"effect": Effect("refused", f"it is no command: {error}")})
                 continue
             found.append(command)
         return found
@@ -146,17 +147,18 @@ class FolderMailbox:
     def answer(self, command: Command, effect: Effect) -> None:
         """Write it down; a disk that is full costs the answer, not the search."""
         told = {
-            "id": command.id,
             "command": command.describe(),
             "source": command.source,
             "sent_s": command.when_s,
-            "attempt": self.attempt,
             "effect": effect,
         }
+        self._say(command.id, told)
+
+    def _say(self, name: str, told: Mapping[str, Any]) -> None:
         try:
-            write_once(self._answers / f"{command.id}.json", dumps(told))
+            write_once(self._answers / f"{name}.json", dumps({"id": name, **told, "attempt": self.attempt}))
         except (OSError, ControlError) as error:
-            _log.warning("The answer to %s cannot be written: %s", command.describe(), error)
+            _log.warning("The answer to command %s cannot be written: %s", name, error)
 
     def close(self, reason: str) -> None:
         """Answer what has come in the last moment, and say that nobody listens any more."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import replace
+from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any
 
 from rapidfire_automl.control import Command, ControlError, Effect, Sent
@@ -110,8 +110,11 @@ class StudyMailbox:
                     raise ControlError(f"its id is {command.id}")
                 if answered and command.verb not in ("set-policy", "checkpoint"):
                     continue
-            except (ControlError, TypeError) as error:
-                _log.warning("The study's attribute %s is no command and is ignored: %s", key, error)
+            except Exception as error:  # whatever somebody has put there, the search goes on
+                if not answered:
+                    _log.warning("The study's attribute %s is no command: %s", key, error)
+                    refused = Effect("refused", f"it is no command: {error}")
+                    self._say(name, {"effect": asdict(refused)})
                 continue
             found.append(command)
         return found
@@ -122,13 +125,15 @@ class StudyMailbox:
             "command": command.describe(),
             "source": command.source,
             "sent_s": command.when_s,
-            "attempt": self.attempt,
-            "effect": {"state": effect.state, "text": effect.text, "when_s": effect.when_s},
+            "effect": asdict(effect),
         }
+        self._say(command.id, told)
+
+    def _say(self, name: str, told: Mapping[str, Any]) -> None:
         try:
-            self._study.set_user_attr(ANSWER_ATTR + command.id, told)
+            self._study.set_user_attr(ANSWER_ATTR + name, {**told, "attempt": self.attempt})
         except Exception as error:  # every storage has its own kinds of errors
-            _log.warning("The answer to %s cannot be kept: %s", command.describe(), error)
+            _log.warning("The answer to command %s cannot be kept: %s", name, error)
 
     def close(self, reason: str) -> None:
         """Answer what has come in the last moment, and say that nobody listens any more."""

@@ -68,6 +68,13 @@ def test_run_reports_the_best_and_the_cost(folder: Path, monkeypatch: pytest.Mon
     assert summary["train_examples"] == 64
 
 
+def test_an_error_that_the_screen_cannot_show_costs_no_report(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    use(monkeypatch, fails={1: "caf\udce9"})
+    result = call("run", "search.toml")
+    assert result.exit_code == 0, result.output
+    assert r"trial 1 failed: RuntimeError: caf\udce9" in result.output
+
+
 def test_a_second_run_gets_a_folder_of_its_own(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     use(monkeypatch)
     assert call("run", "search.toml", "-q").exit_code == 0
