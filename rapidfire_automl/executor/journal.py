@@ -200,10 +200,8 @@ def _entries(path: Path, damaged: list[int]) -> Iterator[Mapping[str, Any]]:
         content = path.read_bytes()
     except FileNotFoundError:
         return
-    whole = content[: content.rfind(b"
-") + 1]  # what follows is cut short by a kill
-    for number, line in enumerate(whole.decode(errors="replace").split("
-"), start=1):  # texts may hold others
+    whole = content[: content.rfind(b"\n") + 1]  # what follows is cut short by a kill
+    for number, line in enumerate(whole.decode(errors="replace").split("\n"), start=1):  # texts may hold others
         try:
             entry = json.loads(line) if line else {}
         except ValueError:
