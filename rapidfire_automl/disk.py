@@ -1,4 +1,4 @@
-"""A disk that is full: how it is told from other trouble, how much stays free, lines that wait for room; whole files.
+"""Files that a full disk, a kill or a power cut leaves whole: lines that wait for room, names and contents synced.
 
 What matters most is smallest: verdicts, events, the study, adapters. So checkpoints, which are large and only a
 convenience, stop while some of the disk is still free, and lines that can't be written wait in memory.
@@ -105,6 +105,22 @@ def write_once(path: Path, text: str) -> None:
                 partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def cut_half_line(file: RawIOBase) -> int:
+    """Remove what stands behind a file's last line break; returns how long it is then."""
+    end = size = file.seek(0, os.SEEK_END)
+    while end:
+        begin = max(0, end - 4096)
+        file.seek(begin)
+        found = (file.read(end - begin) or b"").rfind(b"\n")
+        if found >= 0:
+            end = begin + found + 1
+            break
+        end = begin
+    if end < size:
+        file.truncate(end)
+    return end
 
 
 class Appender:

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import logging
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
+
+_log = logging.getLogger("rapidfire_automl")
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,3 +71,28 @@ ENDED_WITH_SEARCH = "the search was ended"
 """The reason of a trial that failed only because somebody has ended the search."""
 
 Listener = Callable[[Event], None]
+
+
+def warn(tell: Callable[..., None], message: str) -> None:
+    """Warn of something about the search: as an event, and in the log for those who don't look at events.
+
+    Args:
+        tell: Emits an event (kind, arm or None, data).
+        message: A sentence or two.
+    """
+    _log.warning(message, extra={"is_event": True})
+    tell("warning", None, message=message)
+
+
+@contextmanager
+def on_view() -> Iterator[None]:
+    """Events are on view meanwhile: what is one stays out of the log."""
+
+    def is_news(record: logging.LogRecord) -> bool:
+        return not getattr(record, "is_event", False)
+
+    _log.addFilter(is_news)
+    try:
+        yield
+    finally:
+        _log.removeFilter(is_news)

@@ -6,7 +6,6 @@ import json
 import os
 import time
 import warnings
-from io import RawIOBase
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,7 @@ import optuna
 from optuna.storages import BaseStorage, RDBStorage, RetryHeartbeatStaleTrialCallback
 from optuna.storages.journal import JournalFileBackend, JournalFileSymlinkLock
 
-from rapidfire_automl.disk import make_folder
+from rapidfire_automl.disk import cut_half_line, make_folder
 from rapidfire_automl.errors_of_storages import hanging_up, reason_of, redacted, watch
 from rapidfire_automl.exclusive import exclusively
 from rapidfire_automl.patience import PATIENCE_S, PatientStorage
@@ -117,7 +116,7 @@ class _WholeLines(JournalFileBackend):
         self._turn.acquire()
         try:
             with Path(self._path).open("rb+", buffering=0) as file:
-                end = _cut_half_line(file)
+                end = cut_half_line(file)
                 try:
                     file.seek(end)
                     while lines:
@@ -128,22 +127,6 @@ class _WholeLines(JournalFileBackend):
                     raise
         finally:
             self._turn.release()
-
-
-def _cut_half_line(file: RawIOBase) -> int:
-    """Remove what stands behind a file's last line break; returns how long it is then."""
-    end = size = file.seek(0, os.SEEK_END)
-    while end:
-        begin = max(0, end - 4096)
-        file.seek(begin)
-        found = (file.read(end - begin) or b"").rfind(b"\n")
-        if found >= 0:
-            end = begin + found + 1
-            break
-        end = begin
-    if end < size:
-        file.truncate(end)
-    return end
 
 
 def _database(url: str, heartbeat_s: int | None, grace_s: int | None) -> RDBStorage:

@@ -14,7 +14,7 @@ from rich.text import Text
 
 from rapidfire_automl.cli.view import LIVE, Row, SearchView, against, clock, number, writing
 from rapidfire_automl.drawing import amount, megabytes, short_param
-from rapidfire_automl.events import ENDED_WITH_SEARCH, Event, Listener
+from rapidfire_automl.events import ENDED_WITH_SEARCH, Event, Listener, on_view
 
 _VERDICT_STYLE = {"continue": "green", "pause": "yellow", "stop": "red", "complete": "bold green"}
 _STATE_STYLE = {"running": "cyan", "paused": "yellow", "complete": "bold green", "failed": "red"}
@@ -35,7 +35,8 @@ def on_screen(view: SearchView, console: Console, *, quiet: bool) -> Iterator[Li
     if quiet:
         yield view
     elif console.is_terminal:
-        with Live(_Screen(view, console), console=console, refresh_per_second=5, vertical_overflow="ellipsis"):
+        screen = Live(_Screen(view, console), console=console, refresh_per_second=5, vertical_overflow="ellipsis")
+        with on_view(), screen:
             yield view
     else:
         plain = PlainLines(view, console)
@@ -44,7 +45,8 @@ def on_screen(view: SearchView, console: Console, *, quiet: bool) -> Iterator[Li
             view(event)
             plain(event)
 
-        yield both
+        with on_view():
+            yield both
 
 
 class PlainLines:

@@ -16,6 +16,7 @@ import optuna
 from optuna.storages import InMemoryStorage
 
 from rapidfire_automl.control import Command, ControlError, Effect, Sent
+from rapidfire_automl.events import warn
 from rapidfire_automl.executor import extending, warmstart
 from rapidfire_automl.executor.arm import Arm
 from rapidfire_automl.executor.keeping import Keeping
@@ -177,8 +178,7 @@ class Commands:
             self._said_all_paused = True
             numbers = ", ".join(str(arm.number) for arm in paused)
             message = f"All that is left was paused by hand ({numbers}); the search waits for resume, stop or cancel."
-            logger.info(message)  # the event is shown
-            self._tell("warning", None, message=message)
+            warn(self._tell, message)
         self._memory.wait(0.1)
 
     def _receive(self, box: Mailbox, command: Command) -> None:
@@ -281,8 +281,7 @@ class Commands:
             )
         except ValueError as error:
             message = f"The policy that was set by hand can't be set again, the search's own judges: {error}"
-            logger.warning(message)
-            self._tell("warning", None, message=message)
+            warn(self._tell, message)
 
     def _checkpoint(self, command: Command) -> str:
         if not self._keeping.is_on:

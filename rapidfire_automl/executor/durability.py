@@ -25,6 +25,7 @@ from optuna.trial import TrialState as OptunaState
 from rapidfire_automl import attempts, failpoints
 from rapidfire_automl.attempts import VECTORS_ATTR
 from rapidfire_automl.disk import make_folder, write_once
+from rapidfire_automl.events import warn
 from rapidfire_automl.executor.arm import Arm
 from rapidfire_automl.executor.checkpoints import Snapshot, chunk_folder, disk_bytes, newest
 from rapidfire_automl.executor.evaluation import Measured
@@ -188,8 +189,7 @@ class Durability:
                 f"{', '.join(map(str, past.damaged))}. A trial that was begun there stays running in the study and is "
                 "not gone on with; what was decided there is decided again."
             )
-            logger.warning(message)
-            self._tell("warning", None, message=message)
+            warn(self._tell, message)
 
     def join(self, facts: Mapping[str, Any]) -> None:
         """Work on a search with others.
@@ -200,7 +200,7 @@ class Durability:
         assert isinstance(self._journal, Ledger)
         search, self.sampler_seed = self._journal.agree(facts)
         owner = self._folder / _OWNER
-        owner.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(owner.parent)
         if not owner.exists():
             write_once(owner, search)
         if (other := owner.read_text(encoding="utf-8")) != search:

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from rapidfire_automl.disk import Appender, claim, is_full, make_folder, sync
+from rapidfire_automl.disk import Appender, claim, cut_half_line, is_full, make_folder, sync
 from rapidfire_automl.jsonable import dumps
 from rapidfire_policies.base import Decision, Verdict
 
@@ -123,10 +123,10 @@ class Journal:
         if lock is None:
             raise FolderInUse(f"Another process searches in {folder}. Wait for it, or take another folder.")
         self._lock = lock
-        _cut_half_line(folder / NAME)
-        self.past = read(folder / NAME)
         self._lines = Appender(folder / NAME)
         sync(folder)
+        cut_half_line(self._lines.file)  # else it would look like damage once others follow it
+        self.past = read(folder / NAME)
         self._writing = threading.Lock()
 
     def write(self, kind: str, **data: Any) -> Kept:
@@ -210,13 +210,6 @@ def _entries(path: Path, damaged: list[int]) -> Iterator[Mapping[str, Any]]:
             yield entry
         else:
             damaged.append(number)
-
-
-def _cut_half_line(path: Path) -> None:
-    """Else it would stand in the middle once others follow it, and look like damage."""
-    with path.open("ab+") as file:
-        file.seek(0)
-        file.truncate(file.read().rfind(b"\n") + 1)
 
 
 def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:

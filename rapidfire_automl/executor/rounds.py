@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
@@ -14,6 +13,7 @@ from numpy.typing import NDArray
 
 from rapidfire_automl import failpoints
 from rapidfire_automl.attempts import VECTORS_ATTR, last_attempts
+from rapidfire_automl.events import warn
 from rapidfire_automl.executor.arm import Arm
 from rapidfire_automl.histories import CHUNKS_ATTR, COST_ATTR, history_from_study
 from rapidfire_automl.pruners import PolicyPruner
@@ -29,8 +29,6 @@ from rapidfire_policies.base import (
     numbers_of,
 )
 from rapidfire_policies.pareto import scalarize
-
-logger = logging.getLogger("rapidfire_automl")
 
 Cost = Literal["tokens", "seconds"]
 TAKEN_OVER = "another worker has taken it over"
@@ -80,9 +78,7 @@ class Referee:
         several, stock = len(study.directions) > 1, not isinstance(study.pruner, PolicyPruner)
         if several and stock and not isinstance(study.pruner, optuna.pruners.NopPruner):
             name = type(study.pruner).__name__
-            message = f"{name} isn't asked in a study with several objectives; a PolicyPruner would be."
-            logger.warning(message)
-            self._tell("warning", None, message=message)
+            warn(self._tell, f"{name} isn't asked in a study with several objectives; a PolicyPruner would be.")
 
     def leave_out(self, numbers: Iterable[int]) -> None:
         """Trials of this search that an earlier process has begun are known by their records."""

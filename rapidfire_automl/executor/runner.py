@@ -15,7 +15,7 @@ import optuna
 from peft import PeftModel
 from transformers import PreTrainedModel
 
-from rapidfire_automl.events import ENDED_WITH_SEARCH
+from rapidfire_automl.events import ENDED_WITH_SEARCH, warn
 from rapidfire_automl.executor import training
 from rapidfire_automl.executor.arm import Arm, Halt, Leave
 from rapidfire_automl.executor.base import Base, BaseChanged
@@ -219,8 +219,7 @@ class Runner:
         """Warn once of a number format that this machine is slow with."""
         if not self._slow_said and (why := why_slow(self.base.model, getattr(trainer, "args", None))):
             self._slow_said = True
-            logger.warning("%s.", why)
-            self.tell("warning", None, message=why)
+            warn(self.tell, why)
 
     def _save(self, arm: Arm, model: PeftModel) -> None:
         training.save(arm, model, self.adapter_folder(arm), self.survival.save_later)

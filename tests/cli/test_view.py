@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import io
+import logging
 import math
 from typing import Any
 
+import pytest
 from rich.console import Console
 
 from rapidfire_automl.cli.display import PlainLines, bar, header, on_screen, table, visible
 from rapidfire_automl.cli.view import Row, SearchView, against, clock, number
 from rapidfire_automl.drawing import amount
-from rapidfire_automl.events import Event
+from rapidfire_automl.events import Event, warn
 
 
 def tell(view: SearchView, kind: str, trial: int | None = None, chunk: int | None = None, **data: Any) -> Event:
@@ -168,3 +170,24 @@ def test_costs_show_where_trials_generate() -> None:
 
 def test_amounts_in_three_digits() -> None:
     assert [amount(n) for n in (0, 999, 1000, 12345, 4_560_000)] == ["0", "999", "1k", "12.3k", "4.56M"]
+
+
+@pytest.mark.parametrize("quiet", [False, True])
+def test_a_warning_is_on_the_screen_once(caplog: pytest.LogCaptureFixture, quiet: bool) -> None:
+    """And in the log where events are not shown; what is no event is in the log in any case."""
+    log, console = logging.getLogger("rapidfire_automl"), Console(file=io.StringIO(), width=120)
+    told: list[str] = []
+    with caplog.at_level(logging.WARNING, "rapidfire_automl"):
+        with on_screen(SearchView(2, 4), console, quiet=quiet) as listener:
+
+            def emit(kind: str, arm: None, **data: Any) -> None:
+                told.append(kind)
+                listener(Event(kind, 1.0, data=data))
+
+            warn(emit, "the disk is slow")
+            log.warning("a listener failed")
+        warn(lambda kind, arm, **data: told.append(kind), "after it")
+    shown = console.file.getvalue()  # type: ignore[attr-defined]
+    assert told == ["warning", "warning"]
+    assert (shown + caplog.text).count("the disk is slow") == 1
+    assert caplog.messages == [*(["the disk is slow"] if quiet else []), "a listener failed", "after it"]
