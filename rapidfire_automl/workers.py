@@ -62,9 +62,9 @@ class Worker:
         plain = re.sub(r"[^0-9A-Za-z]+", "-", host).strip("-")[:40] or "host"
         return cls(f"{plain}-{os.getpid()}-{secrets.token_hex(2)}", host, os.getpid(), _space())
 
-    def to_json(self) -> dict[str, Any]:
-        """For the study."""
-        return asdict(self)
+    def to_json(self, attempt: int) -> dict[str, Any]:
+        """For the study, of an attempt that it has taken, by Optuna's number."""
+        return {**asdict(self), "attempt": attempt}
 
 
 def name_of(told: object) -> str:
@@ -178,17 +178,16 @@ def claim(study: optuna.Study, trial: FrozenTrial, worker: Worker) -> optuna.Tri
     """Take a trial that waits; None if somebody else has.
 
     Its heart beats before it is taken: a trial without a heartbeat is never found stale, so that one whose worker dies
-    in between would be lost.
+    in between would be lost. The worker's name comes after: who was slower must not have written its own over it.
     """
     storage = study._storage
     assert isinstance(storage, BaseHeartbeat)
     try:
         storage.record_heartbeat(trial._trial_id)
-        storage.set_trial_user_attr(trial._trial_id, WORKER_ATTR, worker.to_json())
         taken = attempts.take(study, trial)
         failpoints.hit("worker.claimed")
         if taken is not None:
-            taken.set_user_attr(WORKER_ATTR, worker.to_json())  # another may have been as quick, and written its own
+            taken.set_user_attr(WORKER_ATTR, worker.to_json(trial.number))
     except optuna.exceptions.UpdateFinishedTrialError:
         return None
     return taken
@@ -220,8 +219,7 @@ def reap(study: optuna.Study, mine: Container[int]) -> list[int]:
             if trial._trial_id in running:
                 found.append(attempts.number_of(trial))
         elif trial.state is OptunaState.RUNNING:
-            told = trial.user_attrs.get(WORKER_ATTR)
-            if trial._trial_id not in mine and is_gone(told) and attempts.retry(study, trial) is not None:
+            if trial._trial_id not in mine and _is_left(trial) and attempts.retry(study, trial) is not None:
                 found.append(attempts.number_of(trial))
         elif trial.state is OptunaState.FAIL and not ended(trial):
             attempts.again(study, trial)  # whoever failed it has died before it could
@@ -248,7 +246,7 @@ def give_up(study: optuna.Study, mine: Container[int]) -> dict[int, str]:
     by_number = {trial.number: trial for trial in trials}
     found = {}
     for trial in suspects.values():
-        dead = trial._trial_id in silent or is_gone(trial.user_attrs.get(WORKER_ATTR))
+        dead = trial._trial_id in silent or _is_left(trial)
         if trial.state is not OptunaState.RUNNING or trial._trial_id in mine or not dead:
             continue
         if deaths(trial, by_number) < MOST_DEATHS:
@@ -266,6 +264,12 @@ def give_up(study: optuna.Study, mine: Container[int]) -> dict[int, str]:
             if storage.set_trial_state_values(trial._trial_id, state=OptunaState.FAIL):
                 found[number] = why
     return found
+
+
+def _is_left(trial: FrozenTrial) -> bool:
+    """Whether whoever has taken an attempt is gone; its attributes are those of the attempt before until it says so."""
+    told = trial.user_attrs.get(WORKER_ATTR)
+    return isinstance(told, Mapping) and told.get("attempt") == trial.number and is_gone(told)
 
 
 def deaths(trial: FrozenTrial, by_number: Mapping[int, FrozenTrial]) -> int:

@@ -154,7 +154,7 @@ def test_the_dead_and_the_orphaned_are_found_and_those_that_have_ended_are_not(s
     assert dead and orphan and ended and lives
     gone = Forked(int)
     gone.wait()
-    dead.set_user_attr(workers.WORKER_ATTR, {**worker.to_json(), "pid": gone.pid})
+    dead.set_user_attr(workers.WORKER_ATTR, {**worker.to_json(dead.number), "pid": gone.pid})
     study.tell(orphan, state=TrialState.FAIL)  # whoever has failed it did not come to queue it again
     ended.set_user_attr(workers.LEDGER_ATTR, {"ended": {"outcome": "failed"}})
     study.tell(ended, state=TrialState.FAIL)
@@ -168,6 +168,30 @@ def test_the_dead_and_the_orphaned_are_found_and_those_that_have_ended_are_not(s
         ("FAIL", 1),
         ("RUNNING", 1),
     ]
+
+
+def test_who_comes_too_late_for_a_trial_leaves_no_trace_on_it(study: optuna.Study) -> None:
+    """Else it would be taken from its worker as soon as the late one has gone."""
+    first, late = workers.Worker.here(), workers.Worker.here()
+    workers.fill(study, 1)
+    [waiting] = workers.claimable(study)
+    assert workers.claim(study, waiting, first)
+    assert workers.claim(study, waiting, late) is None
+    assert workers.name_of(study.trials[0].user_attrs[workers.WORKER_ATTR]) == first.name
+
+
+def test_a_new_attempt_is_not_taken_for_left_by_the_worker_of_the_one_before(study: optuna.Study) -> None:
+    worker, gone = workers.Worker.here(), Forked(int)
+    gone.wait()
+    workers.fill(study, 1)
+    dead = workers.claim(study, workers.claimable(study)[0], worker)
+    assert dead is not None
+    dead.set_user_attr(workers.WORKER_ATTR, {**worker.to_json(dead.number), "pid": gone.pid})
+    assert workers.reap(study, ()) == [0]
+    [waiting] = workers.claimable(study)
+    study._storage.record_heartbeat(waiting._trial_id)  # type: ignore[attr-defined]
+    assert attempts.take(study, waiting), "taken, and about to say by whom"
+    assert workers.reap(study, ()) == []
 
 
 def test_a_trial_that_is_about_to_be_queued_again_is_waited_for(study: optuna.Study, tmp_path: Path) -> None:
@@ -207,7 +231,7 @@ def test_a_trial_that_is_queued_again_between_two_looks_is_left(
     workers.fill(study, 1)
     dead = workers.claim(study, workers.claimable(study)[0], worker)
     assert dead is not None
-    dead.set_user_attr(workers.WORKER_ATTR, {**worker.to_json(), "pid": gone.pid})
+    dead.set_user_attr(workers.WORKER_ATTR, {**worker.to_json(dead.number), "pid": gone.pid})
     look = study.get_trials
 
     def then_it_is_queued(*given: Any, **options: Any) -> Any:
@@ -237,7 +261,7 @@ def test_a_trial_that_kills_worker_after_worker_is_given_up(study: optuna.Study)
             number = attempts.number_of(trial)
             if number == 1 and attempt == 2:
                 trial.report(0.5, step=1)
-            trial.set_user_attr(workers.WORKER_ATTR, {**worker.to_json(), "pid": gone.pid})
+            trial.set_user_attr(workers.WORKER_ATTR, {**worker.to_json(trial.number), "pid": gone.pid})
             if number == 2 and attempt == 2:
                 workers.hand_back(study, trial)
     mine = {one._trial_id for one in study.trials}
