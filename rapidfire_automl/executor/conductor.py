@@ -6,7 +6,6 @@ asked for is run jointly. One round: every slot-holder trains a chunk; then one 
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import threading
 import time
@@ -223,8 +222,24 @@ class Conductor:
                 self._commands.wait(by_hand if over and all(map(_is_paused_by_hand, self._arms)) else [])
             self._end_judged(home)
             self._retire(retire)
+        self.dismiss(retire)
+
+    def dismiss(self, retire: Callable[[Arm], None]) -> None:
+        """Let every thread run into `Leave`, one after the other; one that can't be retired keeps no other from it."""
         self._cancelled = True
-        self._dismiss(retire)
+        for arm in self._arms:
+            while not arm.done:
+                self._idle.clear()
+                arm.go.set()
+                self._idle.wait()
+
+        def retire_each(arm: Arm) -> None:
+            try:
+                retire(arm)
+            except Exception as error:
+                logger.warning("How trial %d has ended could not be told: %s", arm.number, error)
+
+        self._retire(retire_each)
 
     def _between_turns(self, driven: list[Arm]) -> list[Arm]:
         """Apply commands, and let arms whose trials others have taken over leave; returns the arms it has answered."""
@@ -502,16 +517,6 @@ class Conductor:
             retire(arm)
         if done:
             give_back(1)
-
-    def _dismiss(self, retire: Callable[[Arm], None]) -> None:
-        """Cancelled: let every thread run into `Leave`, one after the other."""
-        for arm in self._arms:
-            while not arm.done:
-                self._idle.clear()
-                arm.go.set()
-                self._idle.wait()
-        with contextlib.suppress(Exception):
-            self._retire(retire)
 
 
 def _is_paused_by_hand(arm: Arm) -> bool:

@@ -510,8 +510,7 @@ class RapidFireExecutor(Controls):
                 conductor.run(source, retire, home)
             except BaseException as error:
                 self._error = error
-                conductor.cancel()
-                conductor.run(source, retire, home)
+                conductor.dismiss(retire)
             finally:
                 home.enter()
                 self._commands.end("the search was cancelled" if self._stopping else "the search has ended")

@@ -222,6 +222,29 @@ def test_an_error_inside_with_ends_the_search() -> None:
     assert no_thread_is_left()
 
 
+def test_a_study_that_takes_no_ends_lets_every_thread_go() -> None:
+    """Several trials have ended when the first can't be told, and one still trains."""
+
+    class Full(optuna.storages.InMemoryStorage):
+        def set_trial_state_values(self, trial_id: int, state: Any, values: Any = None) -> bool:
+            if state.is_finished():
+                raise RuntimeError("it is full")
+            return super().set_trial_state_values(trial_id, state, values)
+
+    with make_executor(slots=3, chunks=1) as executor:
+
+        @executor.objective
+        def objective(trial: optuna.Trial) -> Any:
+            lr = trial.suggest_float("lr", 1e-5, 1.0, log=True)
+            return sft(executor, trial, lr=lr, max_steps=200 if trial.number == 2 else 1)
+
+        study = study_of(LRS[:3], storage=Full())
+        with pytest.raises(RuntimeError, match="it is full"):
+            executor.optimize(study, objective, n_trials=3)
+        names = [thread.name for thread in threading.enumerate()]
+        assert not [name for name in names if name.startswith(("trial-", "conductor"))]
+
+
 def test_close_frees_the_base_and_may_be_called_twice() -> None:
     executor = make_executor()
     with executor:
