@@ -13,6 +13,8 @@ from typing import Any
 
 import pytest
 
+from tests.executor.forking import Forked
+
 pytestmark = pytest.mark.slow
 
 SEARCH = """
@@ -85,6 +87,18 @@ def command(folder: Path, trainer: str, *words: str, epochs: int = 2) -> list[st
     ]  # fmt: skip
 
 
+def call(*words: str) -> None:
+    """The command line, in this process."""
+    from rapidfire_automl.cli import app
+
+    app(list(words))
+
+
+def forked(words: list[str], failpoints: str = "") -> Forked:
+    """A command line in a process that needn't import everything first."""
+    return Forked(call, *words[words.index("run") :], failpoints=failpoints)
+
+
 def searched(folder: Path, trainer: str) -> tuple[list[str], dict[str, Any]]:
     """Search, and look at all that comes of it; the command, and the summary."""
     words = command(folder, trainer, "--json")
@@ -116,35 +130,29 @@ def test_a_search_of_preferences(folder: Path) -> None:
 def test_a_search_that_is_killed_in_the_middle_and_run_again_is_the_same(folder: Path) -> None:
     words, summary = searched(folder, "sft")
     elsewhere = [*words, "--out", str(folder / "again")]
-    kill = {**ENVIRONMENT, "RAPIDFIRE_FAILPOINTS": "round.judged=kill@3"}
-    killed = subprocess.run(elsewhere, capture_output=True, text=True, env=kill, cwd=folder, check=False)
-    assert killed.returncode == -signal.SIGKILL, killed.stderr
-    again = subprocess.run(elsewhere, capture_output=True, text=True, env=ENVIRONMENT, cwd=folder, check=True)
-    found = json.loads(again.stdout)
+    forked(elsewhere, failpoints="round.judged=kill@3").killed()
+    again = forked(elsewhere)
+    assert again.wait() == 0, again.err
+    found = json.loads(again.out)
     assert found["values"].keys() == summary["values"].keys()
     for number, values in summary["values"].items():
         assert found["values"][number] == pytest.approx(values, rel=1e-5), number
     assert '"search_resumed"' in (folder / "again" / "events.jsonl").read_text()
-    over = subprocess.run(elsewhere, capture_output=True, text=True, env=ENVIRONMENT, cwd=folder, check=False)
-    assert over.returncode == 2
-    assert "already holds a search" in over.stderr
+    over = forked(elsewhere)
+    assert over.wait() == 2
+    assert "already holds a search" in over.err
 
 
 def test_ctrl_c_ends_within_seconds_and_keeps_what_is_done(folder: Path) -> None:
     words = command(folder, "sft", "-s", "search.n_trials=500", epochs=8)
-    process = subprocess.Popen(
-        words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=ENVIRONMENT, cwd=folder
-    )
+    process = forked(words)
     events = folder / "out" / "events.jsonl"
-    deadline = time.monotonic() + 120
-    while time.monotonic() < deadline and not (events.exists() and '"state": "complete"' in events.read_text()):
-        time.sleep(0.2)
+    process.until(lambda: events.exists() and '"state": "complete"' in events.read_text())
     begin = time.monotonic()
-    process.send_signal(signal.SIGINT)
-    _, errors = process.communicate(timeout=30)
-    assert process.returncode == 130, errors
+    process.send(signal.SIGINT)
+    assert process.wait(30) == 130, process.err
     assert time.monotonic() - begin < 15
-    assert "Interrupted; finished trials are kept." in errors
+    assert "Interrupted; finished trials are kept." in process.err
     summary = json.loads((folder / "out" / "summary.json").read_text())
     assert summary["status"] == "interrupted"
     assert summary["best_trial"] is not None
@@ -153,8 +161,8 @@ def test_ctrl_c_ends_within_seconds_and_keeps_what_is_done(folder: Path) -> None
 
 def test_all_trials_failing_is_exit_code_1(folder: Path) -> None:
     words = command(folder, "sft", "-q", "-s", "space.target_modules=['nowhere']")
-    done = subprocess.run(words, capture_output=True, text=True, env=ENVIRONMENT, cwd=folder, check=False)
-    assert done.returncode == 1, done.stderr
-    assert "All 6 trials failed." in done.stderr
-    assert "nowhere" in done.stderr
-    assert "Traceback" not in done.stderr
+    done = forked(words)
+    assert done.wait() == 1, done.err
+    assert "All 6 trials failed." in done.err
+    assert "nowhere" in done.err
+    assert "Traceback" not in done.err

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import signal
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable
@@ -17,80 +14,37 @@ import pytest
 
 from rapidfire_automl import RapidFireExecutor
 from rapidfire_policies import TrialState
+from tests.executor.forking import Forked
 from tests.executor.searches import LRS, Do, by_lr, make_executor, sft, study_of
 
 pytestmark = [pytest.mark.slow, pytest.mark.faults]
 
-ROOT = Path(__file__).parents[2]
 
-PROGRAM = """
-import sys, threading, time
-import optuna
-from tests.executor.searches import Do, make_executor, sft
+def search(how: str, storage: str) -> None:
+    """A search whose first two trials are short; prints its steps, and which threads are left at its end."""
 
-how, storage = sys.argv[1:]
+    def slow(state: Any, **_: Any) -> None:
+        time.sleep(0.05)
+        print("step", state.global_step, flush=True)
 
-def slow(state, **_):
-    time.sleep(0.05)
-    print("step", state.global_step, flush=True)
+    executor, built = make_executor(slots=2, chunks=2), []
 
-executor = make_executor(slots=2, chunks=2)
+    @executor.objective
+    def objective(trial: optuna.Trial) -> Any:
+        lr = trial.suggest_float("lr", 1e-4, 1e-2, log=True)
+        built.append(trial.number)
+        return sft(executor, trial, lr=lr, max_steps=4 if len(built) <= 2 else 4000, callbacks=[Do(slow)])
 
-built = []
-
-@executor.objective
-def objective(trial):
-    lr = trial.suggest_float("lr", 1e-4, 1e-2, log=True)
-    built.append(trial.number)
-    steps = 4 if len(built) <= 2 else 4000
-    return sft(executor, trial, lr=lr, max_steps=steps, callbacks=[Do(slow)])
-
-study = optuna.create_study(study_name="search", storage=storage, pruner=optuna.pruners.NopPruner())
-try:
-    with executor:
-        if how == "executor.optimize":
-            executor.optimize(study, objective, n_trials=8)
-        else:
-            study.optimize(objective, n_trials=8, n_jobs=executor.n_jobs)
-finally:
-    left = [thread.name for thread in threading.enumerate() if thread is not threading.main_thread()]
-    left = [name for name in left if name == "conductor" or name.startswith(("trial-", "ThreadPool"))]
-    print("left", left, flush=True)
-"""
-
-
-def run_and_send(number: int, how: str, folder: Path, storage: str) -> tuple[int, float, list[str]]:
-    """Start a search whose first two trials are short, and send a signal when the long ones train."""
-    environment = {
-        **os.environ,
-        "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "policies")]),
-        "OMP_NUM_THREADS": "1",
-        "PYTHONWARNINGS": "ignore",
-    }
-    program = folder / "program.py"
-    program.write_text(PROGRAM)
-    process = subprocess.Popen(
-        [sys.executable, program, how, storage],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        cwd=ROOT,
-        env=environment,
-    )
-    lines: list[str] = []
-    assert process.stdout is not None
-    sent = 0.0
+    study = optuna.create_study(study_name="search", storage=storage, pruner=optuna.pruners.NopPruner())
     try:
-        for line in process.stdout:
-            lines.append(line.strip())
-            if line.startswith("step 7") and not sent:
-                sent = time.monotonic()
-                process.send_signal(number)
-        code = process.wait(60)
+        with executor:
+            if how == "executor.optimize":
+                executor.optimize(study, objective, n_trials=8)
+            else:
+                study.optimize(objective, n_trials=8, n_jobs=executor.n_jobs)
     finally:
-        process.kill()
-    assert sent, lines
-    return code, time.monotonic() - sent, lines
+        left = [thread.name for thread in threading.enumerate() if thread is not threading.main_thread()]
+        print("left", [name for name in left if name.startswith(("conductor", "trial-", "ThreadPool"))], flush=True)
 
 
 @pytest.mark.slow
@@ -104,11 +58,14 @@ def run_and_send(number: int, how: str, folder: Path, storage: str) -> tuple[int
 )
 def test_a_signal_ends_the_search_and_keeps_what_is_finished(number: int, how: str, tmp_path: Path) -> None:
     storage = f"sqlite:///{tmp_path / 'study.db'}"
-    code, seconds, lines = run_and_send(number, how, tmp_path, storage)
-    # Python's own exit code after Ctrl-C is 1 or the signal's, depending on what runs at exit.
-    assert code in ((1, 130, -signal.SIGINT) if number == signal.SIGINT else (128 + signal.SIGTERM,)), lines
-    assert seconds < 10
-    assert lines.count("left []") == 1, lines
+    process = Forked(search, how, storage)
+    process.until(lambda: "step 7\n" in process.out)
+    begin = time.monotonic()
+    process.send(number)
+    code, lines = process.wait(60), process.out.splitlines()
+    assert code == 128 + number, process.err
+    assert time.monotonic() - begin < 10
+    assert lines.count("left []") == 1, lines[-3:]
     study = optuna.load_study(study_name="search", storage=storage)
     states = [trial.state.name for trial in study.trials]
     assert states.count("COMPLETE") == 2
