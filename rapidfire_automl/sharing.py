@@ -16,7 +16,7 @@ import optuna
 from rapidfire_automl import workers
 from rapidfire_automl.errors_of_storages import redacted
 from rapidfire_automl.settings import Settings, SettingsError, parse_settings
-from rapidfire_automl.storages import StorageError, open_storage, shown
+from rapidfire_automl.storages import NoSuchStudy, StorageError, load_study, open_storage, shown
 
 SEARCH_ATTR = "rapidfire:search"
 """The study attribute that holds the description."""
@@ -51,16 +51,13 @@ def find(storage: str, study: str) -> Shared:
         SettingsError: It can't be opened, or nobody has begun a search in it.
     """
     try:
-        opened = open_storage(storage)
+        found = load_study(storage, study)
+    except NoSuchStudy as error:
+        raise SettingsError(
+            f"`--study`: {error} Begin it with `rapidfire-automl run search.toml --storage ... --study {study}`."
+        ) from None
     except StorageError as error:
         raise SettingsError(f"`--storage`: {error}") from None
-    try:
-        found = optuna.load_study(study_name=study, storage=opened)
-    except KeyError:
-        raise SettingsError(
-            f"`--study`: {shown(storage)} has no study {study}. Begin it with "
-            f"`rapidfire-automl run search.toml --storage ... --study {study}`."
-        ) from None
     told = found.user_attrs.get(SEARCH_ATTR)
     if not isinstance(told, Mapping) or told.get("format") != _FORMAT:
         raise SettingsError(

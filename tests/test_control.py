@@ -415,8 +415,14 @@ def test_search_says_what_is_missing(tmp_path: Path) -> None:
         Search(tmp_path)
     with pytest.raises(ControlError, match="`storage` must be given"):
         Search(study="s")
-    with pytest.raises(ControlError, match="cannot be opened"):
+    with pytest.raises(ControlError, match=r"^`storage`: there is no file .*study\.db\.$"):
         Search(study="s", storage=f"sqlite:///{tmp_path / 'study.db'}")
+    with pytest.raises(ControlError, match="has no study s; it has none"):
+        Search(study="s", storage=optuna.storages.InMemoryStorage())
+    with pytest.raises(ControlError) as caught:
+        Search(study="s", storage="postgresql://me:s3cret@127.0.0.1:1/db")
+    assert str(caught.value).count("127.0.0.1:1/db") == 1
+    assert "s3cret" not in str(caught.value)
 
 
 def test_events_of_another_process_are_read_as_they_come(tmp_path: Path) -> None:

@@ -116,6 +116,8 @@ def _steer(
 ) -> None:
     terminal = Terminal()
     with terminal.session():
+        if storage is not None and study is None:
+            raise ControlError("`--study` must be given beside `--storage`: a storage can hold several.")
         if run is None and study is None:
             run = newest_run(Path())
             terminal.say(f"run folder: {run}")
