@@ -47,6 +47,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from rapidfire_automl.hints import nearest
+from rapidfire_automl.limits import limit_of
 
 VERBS = ("pause", "resume", "stop", "clone", "add", "extend", "set-policy", "checkpoint", "cancel")
 OF_A_TRIAL = ("pause", "resume", "stop", "clone", "extend")
@@ -335,7 +336,7 @@ def _changes(changes: Any) -> dict[str, Any]:
 
 def _check_value(name: str, value: Any, depth: int = 0) -> None:
     if isinstance(value, (int, float)) and not _fits(value):
-        wanted = "fit into 64 bits" if isinstance(value, int) else "be finite"
+        wanted = "fit into 64 bits" if isinstance(value, int) else f"be {limit_of(name) or 'finite'}"
         raise ControlError(f"`{name}` must {wanted}, got {reprlib.repr(value)}.")
     if isinstance(value, (list, tuple, Mapping)):
         if depth == DEEPEST:
