@@ -321,6 +321,9 @@ def _checked(verb: str, arguments: Any) -> dict[str, Any]:
     if verb == "set-policy":
         given.setdefault("name", None)
         given["arguments"] = _changes(given.get("arguments", {}))
+        if given["name"] is None and given["arguments"]:
+            named = ", ".join(f"`{name}`" for name in given["arguments"])
+            raise ControlError(f"A policy that is switched off takes no arguments, got {named}.")
     return given
 
 

@@ -68,6 +68,10 @@ def test_a_command_survives_the_way_to_another_process(verb: str) -> None:
         ({"verb": "clone", "trial": 3, "arguments": {"set": {"x": float("nan")}}}, "`x` must be finite, got nan."),
         ({"verb": "add", "arguments": {"set": {"lr": float("nan")}}}, "`lr` must be a number >= 0, got nan."),
         ({"verb": "add", "arguments": {"set": [1]}}, "must be a table"),
+        (
+            {"verb": "set-policy", "arguments": {"name": None, "arguments": {"x": 1, "y": 2}}},
+            "A policy that is switched off takes no arguments, got `x`, `y`.",
+        ),
         ({"verb": "pause", "trial": 3, "id": "../../x"}, "`id` must be up to 80 letters"),
         ({"verb": "pause", "trial": 3, "id": "a/b"}, "`id` must be"),
         ({"verb": "pause", "trial": 3, "id": ".hidden"}, "`id` must be"),

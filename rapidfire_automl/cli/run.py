@@ -11,7 +11,7 @@ from rapidfire_automl.cli.display import on_screen
 from rapidfire_automl.cli.terminal import Terminal
 from rapidfire_automl.cli.view import SearchView
 from rapidfire_automl.search import SearchResult
-from rapidfire_automl.settings import Settings, load_settings
+from rapidfire_automl.settings import Settings, check_set_once, load_settings
 from rapidfire_automl.storages import JOURNAL, url_of
 
 Set = Annotated[
@@ -66,6 +66,7 @@ def run(
     """
     terminal = Terminal(as_json=as_json, quiet=quiet, debug=debug)
     with terminal.session():
+        check_set_once(overrides or [])
         short = shorthands(n_trials=n_trials, slots=slots, chunks=chunks, seed=seed, out=out)
         settings = load_settings(file, [*(overrides or []), *short, *places(storage, study)])
         result = search(settings, file.parent, file.stem, terminal, check_only=check)

@@ -14,7 +14,7 @@ import typer
 from rapidfire_automl.cli.terminal import FAILED, Terminal
 from rapidfire_automl.cli.why import newest_run
 from rapidfire_automl.control import ControlError, Sent
-from rapidfire_automl.settings import toml_value
+from rapidfire_automl.settings import check_set_once, toml_value
 from rapidfire_automl.steering import Search
 
 NO_ANSWER = 3
@@ -135,6 +135,7 @@ def _steer(
 
 
 def _values(lines: list[str] | None) -> dict[str, Any]:
+    check_set_once(lines or [])
     values = {}
     for line in lines or []:
         name, equals, text = line.partition("=")

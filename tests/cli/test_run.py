@@ -101,6 +101,10 @@ def test_json_is_all_there_is_on_stdout(folder: Path, monkeypatch: pytest.Monkey
     ("words", "expected"),
     [
         (["-s", "search.slotz=3"], "did you mean `search.slots`?"),
+        (
+            ["-s", "search.slots=2", "-s", "search.slots = 3"],
+            "`search.slots` is set twice, to 2 and to 3. Leave one out.",
+        ),
         (["--slots", "0"], "`search.slots` must be >= 1, got 0."),
         (["-s", "args.learning_rat=1e-4"], "did you mean `args.learning_rate`?"),
         (["-s", "args.warmup_steps='many'"], "`args.warmup_steps` must be a number"),

@@ -9,6 +9,7 @@ import pytest
 from typer.testing import CliRunner, Result
 
 from rapidfire_automl.cli import app
+from rapidfire_automl.mailboxes import FolderMailbox
 
 
 @pytest.fixture
@@ -67,3 +68,24 @@ def test_a_server_that_is_not_there_is_named_once_and_without_its_password(folde
     said = refused("pause", "3", "--storage", "postgresql://me:s3cret@127.0.0.1:1/db", "--study", "first")
     assert said.count("127.0.0.1:1/db") == said.count("me:***@") == 1
     assert "s3cret" not in said
+
+
+@pytest.fixture
+def running(folder: Path) -> Path:
+    """A run folder as of a search that runs."""
+    (folder / "run").mkdir()
+    (folder / "run" / "events.jsonl").touch()
+    FolderMailbox(folder / "run").open()
+    return folder / "run"
+
+
+@pytest.mark.parametrize("verb", [("clone", "0"), ("add",), ("set-policy", "asha")])
+def test_one_key_is_set_once(running: Path, verb: tuple[str, ...]) -> None:
+    said = refused(*verb, "--set", "learning_rate=1e-4", "-s", " learning_rate =1e-3", "--run", "run")
+    assert said == "`learning_rate` is set twice, to 1e-4 and to 1e-3. Leave one out."
+    assert len(list((running / "commands").glob("*.json"))) == 1, "attempt.json; no command was sent"
+
+
+def test_a_policy_that_is_switched_off_takes_no_arguments(running: Path) -> None:
+    said = refused("set-policy", "off", "--set", "x=1", "--run", "run")
+    assert said == "A policy that is switched off takes no arguments, got `x`."
