@@ -48,6 +48,7 @@ from typing import Any, Literal
 
 from rapidfire_automl.hints import nearest
 from rapidfire_automl.limits import limit_of
+from rapidfire_policies.wording import counted
 
 VERBS = ("pause", "resume", "stop", "clone", "add", "extend", "set-policy", "checkpoint", "cancel")
 OF_A_TRIAL = ("pause", "resume", "stop", "clone", "extend")
@@ -137,7 +138,7 @@ class Command:
         if changes:
             words.append(("with " if self.verb == "clone" else "") + ", ".join(f"{k}={v}" for k, v in changes.items()))
         if self.verb == "extend":
-            words.append(f"by {self.arguments['chunks']} chunks")
+            words.append(f"by {counted(self.arguments['chunks'], 'chunk')}")
         if self.verb == "set-policy":
             words.append(str(self.arguments["name"] or "off"))
         return " ".join(words) + (", warm" if self.arguments.get("warm_start") else "")

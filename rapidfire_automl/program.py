@@ -35,6 +35,7 @@ from rapidfire_automl.settings import GENERATING, Settings, SettingsError
 from rapidfire_automl.space import Space
 from rapidfire_automl.storages import StorageError, open_storage, shown
 from rapidfire_automl.tables import Plugin
+from rapidfire_policies.wording import counted
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -398,7 +399,7 @@ def _check_steps(settings: Settings, space: Space, examples: int) -> None:
         steps = int(max_steps)
     if steps < settings.search.chunks:
         raise SettingsError(
-            f"A trial can be as short as {steps} optimizer steps, fewer than `search.chunks` = "
+            f"A trial can be as short as {counted(steps, 'optimizer step')}, fewer than `search.chunks` = "
             f"{settings.search.chunks}. Take fewer chunks, smaller batches, more epochs or more examples."
         )
 

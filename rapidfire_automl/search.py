@@ -25,6 +25,7 @@ from rapidfire_automl.patience import StorageAway
 from rapidfire_automl.rankings import generates, rank
 from rapidfire_automl.versions import installed
 from rapidfire_policies.base import TrialState
+from rapidfire_policies.wording import counted
 
 if TYPE_CHECKING:
     import optuna
@@ -448,12 +449,12 @@ def _reasons(records: Mapping[int, TrialRecord], most: int = 3) -> str:
     for number, record in records.items():
         reason = (record.error or "no reason recorded").strip().splitlines()[-1]
         hit.setdefault(reason, []).append(number)
-    lines = [f"All {len(records)} trials failed."]
+    lines = ["The only trial failed." if len(records) == 1 else f"All {len(records)} trials failed."]
     for reason, numbers in list(hit.items())[:most]:
         named = ", ".join(map(str, numbers[:5])) + (", ..." if len(numbers) > 5 else "")
         lines.append(f"trial{'s' if len(numbers) > 1 else ''} {named}: {reason}")
     if len(hit) > most:
-        lines.append(f"and {len(hit) - most} more reasons in summary.json")
+        lines.append(f"and {counted(len(hit) - most, 'more reason')} in summary.json")
     return "\n".join(lines)
 
 

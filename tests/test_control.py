@@ -155,6 +155,11 @@ def test_any_json_is_a_command_or_is_refused(told: Any) -> None:
     assert command.describe()
 
 
+def test_one_chunk_is_not_several() -> None:
+    assert Command("extend", 0, {"chunks": 1}).describe() == "extend 0 by 1 chunk"
+    assert Command("extend", 0, {"chunks": 2}).describe() == "extend 0 by 2 chunks"
+
+
 def test_an_object_does_not_leave_the_process() -> None:
     with pytest.raises(ControlError, match="Name the policy"):
         Command("set-policy", None, {"name": ASHA()}).to_json()

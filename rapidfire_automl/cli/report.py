@@ -14,6 +14,7 @@ from rapidfire_automl.cli.view import against, clock, number
 from rapidfire_automl.drawing import amount, megabytes, short_param
 from rapidfire_automl.events import ENDED_WITH_SEARCH
 from rapidfire_automl.search import SearchResult
+from rapidfire_policies.wording import counted
 
 _STATES = {
     "complete": "complete",
@@ -83,7 +84,7 @@ def show_result(result: SearchResult, console: Console, *, rankings: bool = True
 
 def _equal(found: Mapping[str, Any]) -> str:
     """What is equal in the two rankings."""
-    steps = f"after {found['chunks']} chunks each"
+    steps = f"after {counted(found['chunks'], 'chunk')} each"
     if found["tokens"] is None:
         return steps
     tokens = f"{amount(found['tokens'])} generated and trained tokens, the cost of the cheapest complete trial"
@@ -136,8 +137,8 @@ def cost(result: SearchResult) -> str:
         return "0 chunks"
     share = result.chunks_used / result.chunks_if_all_ran
     return (
-        f"{result.chunks_used} chunks, {share:.0%} of the {result.chunks_if_all_ran} it takes to train every trial "
-        "to its end"
+        f"{counted(result.chunks_used, 'chunk')}, {share:.0%} of the {result.chunks_if_all_ran} it takes to train "
+        "every trial to its end"
     )
 
 

@@ -13,6 +13,7 @@ from rapidfire_automl.cli.view import SearchView
 from rapidfire_automl.search import SearchResult
 from rapidfire_automl.settings import Settings, check_set_once, load_settings
 from rapidfire_automl.storages import JOURNAL, url_of
+from rapidfire_policies.wording import counted
 
 Set = Annotated[
     list[str] | None,
@@ -109,9 +110,10 @@ def search(
     wanted = settings.search
     if not terminal.quiet:
         terminal.say(
-            f"{settings.trainer.upper()} on {settings.base.model}: {program.n_trials} trials over "
-            f"{', '.join(program.space.names.values())}; {wanted.chunks} chunks each, {wanted.slots} slots; "
-            f"{len(program.train)} examples to train on, {len(program.held_out)} held out"
+            f"{settings.trainer.upper()} on {settings.base.model}: {counted(program.n_trials, 'trial')} over "
+            f"{', '.join(program.space.names.values())}; {counted(wanted.chunks, 'chunk')} each, "
+            f"{counted(wanted.slots, 'slot')}; {counted(len(program.train), 'example')} to train on, "
+            f"{len(program.held_out)} held out"
         )
     if check_only:
         terminal.say("The search can be run.")
