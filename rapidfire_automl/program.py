@@ -229,11 +229,12 @@ def build_study(program: Program, *, joins: bool = False) -> optuna.Study:
         shared = sharing.Shared(settings, program.files, program.run_dir, program.facts)
         n_trials = None if joins else program.n_trials
         return sharing.join(shared, program.sampler, program.pruner, n_trials, grid)
+    name = search.study or "search"
     where = search.storage or str((program.run_dir / "study.db").absolute())
     try:
         study = optuna.create_study(
             storage=open_storage(where, patience_s=search.storage_patience_s),
-            study_name=search.study or "search",
+            study_name=name,
             load_if_exists=goes_on,
             direction=program.settings.direction,
             sampler=program.sampler,
@@ -241,7 +242,9 @@ def build_study(program: Program, *, joins: bool = False) -> optuna.Study:
         )
     except optuna.exceptions.DuplicatedStudyError:
         where = shown(where)
-        raise SettingsError(f"`search.study`: {where} already has a study {search.study}; take another name.") from None
+        raise SettingsError(
+            f"`search.study`: {where} already has a study {name}; take another name, like `--study NAME`."
+        ) from None
     except StorageError as error:
         raise SettingsError(f"`search.storage`: {error}") from None
     except Exception as error:  # every storage has its own kinds of errors

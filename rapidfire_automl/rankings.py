@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import accumulate
 
+from rapidfire_automl.events import ENDED_WITH_SEARCH
 from rapidfire_automl.records import TrialRecord
 from rapidfire_policies.base import TrialState
 
@@ -49,6 +50,21 @@ class Rankings:
     equal_steps: tuple[Place, ...]
     tokens: int | None
     equal_cost: tuple[Place, ...]
+
+
+def best_so_far(records: Mapping[int, TrialRecord], *, maximize: bool) -> int | None:
+    """The trial with the best finite last value, whatever it has come to but a failure of its own.
+
+    Ties go to the lower number; None without any.
+    """
+    lasts = {
+        number: record.values[-1]
+        for number, record in records.items()
+        if record.values
+        and math.isfinite(record.values[-1])
+        and (record.state is not TrialState.FAILED or record.error == ENDED_WITH_SEARCH)
+    }
+    return min(lasts, key=lambda number: (-lasts[number] if maximize else lasts[number], number), default=None)
 
 
 def generates(records: Mapping[int, TrialRecord]) -> bool:

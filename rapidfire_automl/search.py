@@ -6,7 +6,6 @@ This is the file to read first. `run_search` is what the command line, `Experime
 from __future__ import annotations
 
 import logging
-import math
 import os
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
@@ -22,7 +21,7 @@ from rapidfire_automl.events import Event, Listener
 from rapidfire_automl.jsonable import dumps, jsonable
 from rapidfire_automl.mailboxes import FolderMailbox
 from rapidfire_automl.patience import StorageAway
-from rapidfire_automl.rankings import generates, rank
+from rapidfire_automl.rankings import best_so_far, generates, rank
 from rapidfire_automl.versions import installed
 from rapidfire_policies.base import TrialState
 from rapidfire_policies.wording import counted
@@ -277,14 +276,8 @@ def _started(executor: Executor, study: optuna.Study, n_trials: int) -> Event:
 
 def best_trial(records: Mapping[int, TrialRecord], *, maximize: bool) -> int | None:
     """The COMPLETE trial with the best finite last value; ties go to the lower number, None without any."""
-    finals = {
-        number: record.values[-1]
-        for number, record in records.items()
-        if record.state is TrialState.COMPLETE and record.values and math.isfinite(record.values[-1])
-    }
-    if not finals:
-        return None
-    return min(finals, key=lambda number: (-finals[number] if maximize else finals[number], number))
+    complete = {number: record for number, record in records.items() if record.state is TrialState.COMPLETE}
+    return best_so_far(complete, maximize=maximize)
 
 
 def _result(
@@ -324,6 +317,7 @@ def _result(
         "seed": getattr(executor, "seed", None),
         "trials": [_trial(r, generating) for r in records.values()],
         "checkpoints": getattr(executor, "spent", None),
+        **({"best_so_far": _so_far(executor, records, maximize)} if status in ("cancelled", "interrupted") else {}),
         **({"rankings": rank(records, maximize=maximize)} if generating else {}),
         "explain": _explain(executor),
         "versions": installed(),
@@ -342,6 +336,22 @@ def _result(
         run_dir=run_dir,
         summary=jsonable({**summary, **{name: fact for name, fact in facts.items() if name not in summary}}),
     )
+
+
+def _so_far(executor: Executor, records: Mapping[int, TrialRecord], maximize: bool) -> dict[str, Any] | None:
+    """The best trial of a search that was cut short, finished or not, in the summary's words; None without any."""
+    number = best_so_far(records, maximize=maximize)
+    if number is None:
+        return None
+    record = records[number]
+    return {
+        "trial": number,
+        "value": record.values[-1],
+        "params": record.params,
+        "adapter": Path(record.adapter).absolute() if record.adapter else None,
+        "chunk": len(record.values),
+        "of": len(record.boundaries) or executor.chunks,
+    }
 
 
 def _trial(record: TrialRecord, generating: bool) -> dict[str, Any]:

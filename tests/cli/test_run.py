@@ -155,6 +155,42 @@ def test_all_failed(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert "Traceback" in call("run", "search.toml", "-q", "--debug").stderr
 
 
+def best_of(output: str) -> list[str]:
+    """The lines about the best trial."""
+    lines = output.split("\n\n")[-1].splitlines()
+    return lines[: next(place for place, line in enumerate(lines) if line.startswith("Cost"))]
+
+
+@pytest.mark.parametrize("chunks", [2, 7, 8])
+def test_cancelled_it_shows_the_best_so_far(folder: Path, monkeypatch: pytest.MonkeyPatch, chunks: int) -> None:
+    """Two slots: after seven chunks nobody is complete, after eight both are, and two more have begun after that."""
+    curves = {0: [2.0] * 8, 1: [1.5] * 8, 2: [0.5] * 8, 3: [0.7] * 8}
+    use(monkeypatch, values=curves, cancel_after=2 * chunks if chunks < 8 else 18, prune=False)
+    result = call("run", "search.toml", "--slots", "2")
+    assert result.exit_code == 0, result.output
+    lines = best_of(result.stdout)
+    if chunks < 8:
+        assert lines[0] == f"Best      trial 1 at 1.5 so far, after chunk {chunks} of 8, 35% below base 2.31"
+        assert lines[1].strip().startswith("learning_rate=") and "r=" in lines[1]
+        assert lines[2] == "Adapter   trials/1/adapter"
+    else:
+        assert lines[0].startswith("Best      trial 1 at 1.5, 35% below")
+        assert lines[3] == "So far    trial 2 at 0.5, after chunk 1 of 8, 78% below base 2.31"
+        assert lines[4].strip().startswith("learning_rate=")
+        assert lines[5] == "Adapter   trials/2/adapter"
+
+
+def test_a_study_without_a_name_has_one(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    use(monkeypatch)
+    where = ("--storage", "sqlite:///study.db", "--n-trials", "2", "-q")
+    assert call("run", "search.toml", *where).exit_code == 0
+    again = call("run", "search.toml", *where)
+    assert again.exit_code == 2
+    assert again.stderr == (
+        "error: `search.study`: sqlite:///study.db already has a study search; take another name, like `--study NAME`.\n"
+    )
+
+
 def test_ctrl_c(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     use(monkeypatch, interrupt_after=20)
     result = call("run", "search.toml", "-q")
