@@ -113,22 +113,24 @@ def join(
         raise SettingsError(f"`search.storage`: {error}") from None
     except ValueError as error:
         raise SettingsError(f"`search.grace_s`: {redacted(str(error))}") from None
+    filled = bool(study.get_trials(deepcopy=False))  # looked at first: whoever has filled it has described it before
     told = study.user_attrs.get(SEARCH_ATTR)
-    if told is None and study.get_trials(deepcopy=False):
+    if told is None and filled:
         raise SettingsError(f"`search.study`: study {search.study} holds something else; take another name.")
+    if n_trials is not None:
+        mine = {
+            "format": _FORMAT,
+            "settings": _portable(shared.settings),
+            "folder": str(shared.folder.absolute()),
+            "run_dir": str(shared.run_dir.absolute()),
+            "facts": dict(shared.facts),
+        }
+        told = storage.settle_study_user_attr(study._study_id, SEARCH_ATTR, mine)
     if told is not None:
         _check(told["facts"], shared.facts, search.study)
     if n_trials is not None:
-        study.set_user_attr(
-            SEARCH_ATTR,
-            {
-                "format": _FORMAT,
-                "settings": _portable(shared.settings),
-                "folder": str(shared.folder.absolute()),
-                "run_dir": str(shared.run_dir.absolute()),
-                "facts": dict(shared.facts),
-            },
-        )
+        if told != mine:  # the same search, with more trials or from another folder
+            study.set_user_attr(SEARCH_ATTR, mine)
         workers.fill(study, n_trials, points)
     return study
 
