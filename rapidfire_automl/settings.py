@@ -151,7 +151,7 @@ def load_settings(path: str | Path, overrides: Iterable[str] = ()) -> Settings:
     except FileNotFoundError:
         raise SettingsError(f"There is no file {path}.") from None
     except (OSError, UnicodeDecodeError) as error:
-        raise SettingsError(f"{path} cannot be read: {error}.") from None
+        raise SettingsError(f"{path} cannot be read: {getattr(error, 'strerror', None) or error}.") from None
     except tomllib.TOMLDecodeError as error:
         raise SettingsError(f"{path} is not valid TOML: {error}.") from None
     return parse_settings(raw, overrides)

@@ -114,7 +114,7 @@ COMMANDS: tuple[Callable[..., None], ...] = (pause, resume, stop, clone, add, ex
 def _steer(
     send: Callable[[Search], Sent], run: Path | None, study: str | None, storage: str | None, wait_s: float
 ) -> None:
-    terminal = Terminal()
+    terminal = Terminal(debug=None)
     with terminal.session():
         if storage is not None and study is None:
             raise ControlError("`--study` must be given beside `--storage`: a storage can hold several.")

@@ -108,6 +108,10 @@ def test_json_is_all_there_is_on_stdout(folder: Path, monkeypatch: pytest.Monkey
         (["--slots", "0"], "`search.slots` must be >= 1, got 0."),
         (["-s", "args.learning_rat=1e-4"], "did you mean `args.learning_rate`?"),
         (["-s", "args.warmup_steps='many'"], "`args.warmup_steps` must be a number"),
+        (["-s", "space.r=[0, 4]"], "`space.r` must be a whole number >= 1, got 0."),
+        (["-s", "space.learning_rate={low=-1.0, high=1.0}"], "`space.learning_rate` must be a number >= 0, got -1.0."),
+        (["-s", "args.weight_decay=-0.1"], "`args.weight_decay` must be a number >= 0, got -0.1."),
+        (["-s", "lora.lora_dropout=2"], "`lora.lora_dropout` must be a number >= 0 and <= 1, got 2."),
         (["-s", "data.train=none.jsonl"], "there is no file none.jsonl"),
         (["-s", "data.train=empty.jsonl"], "`data.train` is empty"),
         (["-s", "search.chunks=65"], "has 64 examples, fewer than `search.chunks` = 65"),
@@ -135,6 +139,37 @@ def test_bad_input_is_one_line_and_exit_code_2(
     assert len(result.stderr.strip().splitlines()) == 1
     assert result.stderr.startswith("error: ")
     assert not (folder / "runs").exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["-o", "search.toml"], "`output.dir`: search.toml cannot be made: File exists."),
+        (["-o", "search.toml/out"], "`output.dir`: search.toml/out cannot be made: Not a directory."),
+        (["-s", "base=hollow"], "`model` must be a hub id, a path or a model; 'hollow': Error no file named"),
+        (["-s", "base.device=nowhere", "-s", "args.bf16=false"], "`device` must be a device such as 'cpu'"),
+        (["-s", "base.device=cuda:77", "-s", "args.bf16=false"], "`device` must be one that is here, got 'cuda:77': "),
+    ],
+)
+def test_a_mistake_that_is_found_late_is_plain_too(folder: Path, words: list[str], expected: str) -> None:
+    (folder / "hollow").mkdir()
+    (folder / "hollow" / "config.json").write_text('{"model_type": "llama"}')
+    result = call("run", "search.toml", "-q", *words)
+    assert result.exit_code == 2, result.output
+    (line,) = result.stderr.splitlines()
+    assert line.startswith(f"error: {expected}")
+    assert "--debug" not in line
+
+
+def test_what_is_no_mistake_of_the_user_says_where_to_look(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def leave(*_: Any, **__: Any) -> None:
+        raise ValueError("math domain error")
+
+    use(monkeypatch)
+    monkeypatch.setattr(FakeExecutor, "__enter__", leave)
+    result = call("run", "search.toml", "-q")
+    assert result.exit_code == 1
+    assert result.stderr == "error: ValueError: math domain error (--debug shows where)\n"
 
 
 def test_check_stops_before_the_model(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -86,6 +86,19 @@ def test_one_key_is_set_once(running: Path, verb: tuple[str, ...]) -> None:
     assert len(list((running / "commands").glob("*.json"))) == 1, "attempt.json; no command was sent"
 
 
+def test_a_run_folder_that_cannot_be_written_to_is_told(running: Path) -> None:
+    (running / "commands" / "answers").rmdir()
+    (running / "commands" / "answers").touch()
+    assert refused("pause", "0", "--run", "run") == "No command can be written to run: File exists."
+
+
+def test_a_study_that_cannot_be_written_to_is_told(folder: Path) -> None:
+    optuna.create_study(storage="sqlite:///study.db", study_name="first")
+    where = "sqlite:///file:study.db?mode=ro&uri=true"
+    said = refused("pause", "0", "--storage", where, "--study", "first")
+    assert said == "No command can be written to study first: attempt to write a readonly database."
+
+
 def test_a_policy_that_is_switched_off_takes_no_arguments(running: Path) -> None:
     said = refused("set-policy", "off", "--set", "x=1", "--run", "run")
     assert said == "A policy that is switched off takes no arguments, got `x`."
