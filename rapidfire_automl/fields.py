@@ -195,7 +195,8 @@ def _problems(
         if field in known[other]:
             return [f"`{where}` is no field of [{part}]; it belongs in [{other}]."]
         return [unknown(field, known[part], part)]
-    kinds, limit = _kinds(known[part][field]), limit_of(field)
+    kinds = _kinds(known[part][field])
+    limit = None if field == "num_generations" else limit_of(field)  # `rl` checks that one, and says why
     return [f"`{where}` {wrong}" for value in values if (wrong := _wrong(value, kinds, limit)) is not None]
 
 
