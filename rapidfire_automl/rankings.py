@@ -52,6 +52,11 @@ class Rankings:
     equal_cost: tuple[Place, ...]
 
 
+def has_failed(record: TrialRecord) -> bool:
+    """Whether a trial has failed by itself, not merely ended with its search."""
+    return record.state is TrialState.FAILED and record.error != ENDED_WITH_SEARCH
+
+
 def best_so_far(records: Mapping[int, TrialRecord], *, maximize: bool) -> int | None:
     """The trial with the best finite last value, whatever it has come to but a failure of its own.
 
@@ -60,9 +65,7 @@ def best_so_far(records: Mapping[int, TrialRecord], *, maximize: bool) -> int | 
     lasts = {
         number: record.values[-1]
         for number, record in records.items()
-        if record.values
-        and math.isfinite(record.values[-1])
-        and (record.state is not TrialState.FAILED or record.error == ENDED_WITH_SEARCH)
+        if record.values and math.isfinite(record.values[-1]) and not has_failed(record)
     }
     return min(lasts, key=lambda number: (-lasts[number] if maximize else lasts[number], number), default=None)
 

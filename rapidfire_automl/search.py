@@ -21,7 +21,7 @@ from rapidfire_automl.events import Event, Listener
 from rapidfire_automl.jsonable import dumps, jsonable
 from rapidfire_automl.mailboxes import FolderMailbox
 from rapidfire_automl.patience import StorageAway
-from rapidfire_automl.rankings import best_so_far, generates, rank
+from rapidfire_automl.rankings import best_so_far, generates, has_failed, rank
 from rapidfire_automl.versions import installed
 from rapidfire_policies.base import TrialState
 from rapidfire_policies.wording import counted
@@ -293,10 +293,7 @@ def _result(
     record = records[best] if best is not None else None
     adapter = Path(record.adapter).absolute() if record is not None and record.adapter else None
     used = sum(len(r.values) for r in records.values())
-    full = sum(
-        len(r.values) if r.state is TrialState.FAILED else max(executor.chunks, len(r.boundaries))
-        for r in records.values()
-    )
+    full = sum(len(r.values) if has_failed(r) else max(executor.chunks, len(r.boundaries)) for r in records.values())
     wall_s = log.elapsed_s
     generating = generates(records)
     summary = {

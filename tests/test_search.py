@@ -144,6 +144,7 @@ def test_cancelled_it_names_the_best_so_far(tmp_path: Path, direction: str, chun
     result = search(tmp_path, executor, 6, direction=direction)
     summary = read(tmp_path)
     assert (summary["status"], summary["best_trial"], result.best_trial) == ("cancelled", None, None)
+    assert (result.chunks_used, result.chunks_if_all_ran) == (4 * chunks, 4 * 4), "they would have trained on"
     assert summary["best_so_far"] == {
         "trial": best,
         "value": CURVES[best][chunks - 1],
