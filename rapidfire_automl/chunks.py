@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from rapidfire_policies.wording import counted
+
 
 def examples_after(examples_per_epoch: int, examples_per_step: int, steps: int) -> int:
     """The examples consumed after a number of optimizer steps.
@@ -54,8 +56,8 @@ def chunk_boundaries(examples_per_epoch: int, examples_per_step: int, max_steps:
     )
     if max_steps < chunks:
         raise ValueError(
-            f"`chunks` must be <= the trial's {max_steps} optimizer steps, got {chunks}. Use fewer chunks, or give the "
-            "trial more steps: more examples or epochs, a smaller batch or less gradient accumulation."
+            f"`chunks` must be <= the trial's {counted(max_steps, 'optimizer step')}, got {chunks}. Use fewer chunks, "
+            "or give the trial more steps: more examples or epochs, a smaller batch or less gradient accumulation."
         )
     total = examples_after(examples_per_epoch, examples_per_step, max_steps)
     steps_per_epoch = -(-examples_per_epoch // examples_per_step)
@@ -104,9 +106,9 @@ def generation_boundaries(
     places = [step for step in range(1, max_steps) if used[step] % generate_every == 0] + [max_steps]
     if len(places) < chunks:
         raise ValueError(
-            f"`chunks` must be <= the {len(places)} times a trial makes rollouts, got {chunks}. Use fewer chunks, or "
-            "more steps; a chunk ends only where all rollouts have been trained on (`steps_per_generation` x "
-            "`num_iterations` batches)."
+            f"`chunks` must be <= the {counted(len(places), 'time')} a trial makes rollouts, got {chunks}. Use fewer "
+            "chunks, or more steps; a chunk ends only where all rollouts have been trained on "
+            "(`steps_per_generation` x `num_iterations` batches)."
         )
     boundaries: list[int] = []
     first = 0

@@ -47,6 +47,8 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from rapidfire_automl.hints import nearest
+from rapidfire_automl.limits import limit_of
+from rapidfire_policies.wording import counted
 
 VERBS = ("pause", "resume", "stop", "clone", "add", "extend", "set-policy", "checkpoint", "cancel")
 OF_A_TRIAL = ("pause", "resume", "stop", "clone", "extend")
@@ -136,7 +138,7 @@ class Command:
         if changes:
             words.append(("with " if self.verb == "clone" else "") + ", ".join(f"{k}={v}" for k, v in changes.items()))
         if self.verb == "extend":
-            words.append(f"by {self.arguments['chunks']} chunks")
+            words.append(f"by {counted(self.arguments['chunks'], 'chunk')}")
         if self.verb == "set-policy":
             words.append(str(self.arguments["name"] or "off"))
         return " ".join(words) + (", warm" if self.arguments.get("warm_start") else "")
@@ -320,6 +322,9 @@ def _checked(verb: str, arguments: Any) -> dict[str, Any]:
     if verb == "set-policy":
         given.setdefault("name", None)
         given["arguments"] = _changes(given.get("arguments", {}))
+        if given["name"] is None and given["arguments"]:
+            named = ", ".join(f"`{name}`" for name in given["arguments"])
+            raise ControlError(f"A policy that is switched off takes no arguments, got {named}.")
     return given
 
 
@@ -335,7 +340,7 @@ def _changes(changes: Any) -> dict[str, Any]:
 
 def _check_value(name: str, value: Any, depth: int = 0) -> None:
     if isinstance(value, (int, float)) and not _fits(value):
-        wanted = "fit into 64 bits" if isinstance(value, int) else "be finite"
+        wanted = "fit into 64 bits" if isinstance(value, int) else f"be {limit_of(name) or 'finite'}"
         raise ControlError(f"`{name}` must {wanted}, got {reprlib.repr(value)}.")
     if isinstance(value, (list, tuple, Mapping)):
         if depth == DEEPEST:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from rapidfire_automl.reasoning import Task, reasoning_rows
 from rapidfire_automl.settings import Settings, SettingsError
 from rapidfire_automl.tables import Data, ReasoningGym
+from rapidfire_policies.wording import counted
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -77,7 +78,7 @@ def _check_count(train: Dataset, settings: Settings) -> None:
     chunks = settings.search.chunks
     if len(train) < chunks:
         raise SettingsError(
-            f"`data.train` has {len(train)} examples, fewer than `search.chunks` = {chunks}. "
+            f"`data.train` has {counted(len(train), 'example')}, fewer than `search.chunks` = {chunks}. "
             f"Set `search.chunks` to {len(train)} or less, or give more examples."
         )
 

@@ -15,6 +15,7 @@ from typing import Any, Literal
 
 from rapidfire_automl import rl, space
 from rapidfire_automl.hints import unknown
+from rapidfire_automl.limits import Limit, limit_of
 from rapidfire_automl.sampling import Sampling
 from rapidfire_automl.settings import GENERATING, Settings, SettingsError, TrainerName
 from rapidfire_automl.space import Space
@@ -195,7 +196,8 @@ def _problems(
             return [f"`{where}` is no field of [{part}]; it belongs in [{other}]."]
         return [unknown(field, known[part], part)]
     kinds = _kinds(known[part][field])
-    return [f"`{where}` {wrong}" for value in values if (wrong := _wrong(value, kinds)) is not None]
+    limit = None if field == "num_generations" else limit_of(field)  # `rl` checks that one, and says why
+    return [f"`{where}` {wrong}" for value in values if (wrong := _wrong(value, kinds, limit)) is not None]
 
 
 def _kinds(annotation: object) -> frozenset[str]:
@@ -206,7 +208,7 @@ def _kinds(annotation: object) -> frozenset[str]:
     return frozenset({getattr(origin or annotation, "__name__", str(annotation))})
 
 
-def _wrong(value: object, kinds: frozenset[str]) -> str | None:
+def _wrong(value: object, kinds: frozenset[str], limit: Limit | None) -> str | None:
     """What is wrong with a value for a field that takes numbers or flags only; other fields check themselves."""
     plain = kinds - {"NoneType"}
     if not plain <= {"int", "float", "bool"} or (value is None and "NoneType" in kinds):
@@ -215,6 +217,7 @@ def _wrong(value: object, kinds: frozenset[str]) -> str | None:
     right: tuple[type, ...] = (int, float) if "float" in plain else (int,) if "int" in plain else (bool,)
     flag = isinstance(value, bool) and "bool" not in plain
     if isinstance(value, right) and not flag:
-        return None
+        possible = limit is None or not isinstance(value, (int, float)) or limit.takes(value)
+        return None if possible else f"must be {limit}, got {value!r}."
     got = f'the string "{value}"' if isinstance(value, str) else repr(value)
     return f"must be {wanted}, got {got}." + (" Write it without quotes." if isinstance(value, str) else "")

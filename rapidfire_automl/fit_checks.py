@@ -15,6 +15,7 @@ from rapidfire_automl.rewards import check_columns
 from rapidfire_automl.sampling import Sampling
 from rapidfire_automl.space import List
 from rapidfire_automl.trainers import SAMPLE_SIZE, Data, as_dataset
+from rapidfire_policies.wording import counted
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -63,7 +64,8 @@ def check_data(train: Any, held_out: Any, chunks: int, searches: Sequence[Search
     train = as_dataset("train_dataset", train)
     if len(train) < chunks:
         raise ValueError(
-            f"`num_chunks` must be <= the training examples, got {chunks} chunks and {len(train)} examples. "
+            f"`num_chunks` must be <= the training examples, got {counted(chunks, 'chunk')} and "
+            f"{counted(len(train), 'example')}. "
             f"Write num_chunks={len(train)} or less."
         )
     data = Data(train, _stand_in(train, searches) if held_out is None else as_dataset("eval_dataset", held_out))

@@ -27,6 +27,7 @@ from rapidfire_automl.drawing import (
     title,
 )
 from rapidfire_policies.base import TrialState
+from rapidfire_policies.wording import counted
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -168,7 +169,7 @@ def draw_timeline(
     saved = f", {1 - used / full:.0%} saved" if full and used < full else ""
     title(
         figure,
-        f"Who trained when: {used} of {full} chunks{saved}",
+        f"Who trained when: {used} of {counted(full, 'chunk')}{saved}",
         "One bar a chunk; × stopped by the policy, ● trained to the end.",
     )
     return save(figure, path)
@@ -346,8 +347,8 @@ def _ending(record: TrialRecord, chunks: int, *, best: bool) -> tuple[str, str]:
 
 def _curves_title(shown: Mapping[int, TrialRecord], best: int | None, base_value: float | None) -> str:
     if best is None:
-        return f"{len(shown)} trials, none has completed"
-    value = f"Best of {len(shown)} trials: #{best} at {shown[best].values[-1]:.3g}"
+        return f"{counted(len(shown), 'trial')}, none has completed"
+    value = f"Best of {counted(len(shown), 'trial')}: #{best} at {shown[best].values[-1]:.3g}"
     return value + (f", against {base_value:.3g} untrained" if base_value is not None else "")
 
 

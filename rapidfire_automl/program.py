@@ -35,6 +35,7 @@ from rapidfire_automl.settings import GENERATING, Settings, SettingsError
 from rapidfire_automl.space import Space
 from rapidfire_automl.storages import StorageError, open_storage, shown
 from rapidfire_automl.tables import Plugin
+from rapidfire_policies.wording import counted
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -220,7 +221,10 @@ def build_study(program: Program, *, joins: bool = False) -> optuna.Study:
     """A new study, or that of the search that goes on; with `sampler = "grid"` its trials wait in it."""
     search = program.settings.search
     goes_on = (program.run_dir / FACTS).exists()
-    make_folder(program.run_dir)
+    try:
+        make_folder(program.run_dir)
+    except OSError as error:
+        raise SettingsError(f"`output.dir`: {program.run_dir} cannot be made: {error.strerror}.") from None
     if search.shared:
         grid = [point.params for point in program.space.grid()] if search.sampler.name == "grid" else []
         base = program.settings.base.model_copy(update={"model": program.facts["base.model"]})  # found elsewhere there
@@ -228,11 +232,12 @@ def build_study(program: Program, *, joins: bool = False) -> optuna.Study:
         shared = sharing.Shared(settings, program.files, program.run_dir, program.facts)
         n_trials = None if joins else program.n_trials
         return sharing.join(shared, program.sampler, program.pruner, n_trials, grid)
+    name = search.study or "search"
     where = search.storage or str((program.run_dir / "study.db").absolute())
     try:
         study = optuna.create_study(
             storage=open_storage(where, patience_s=search.storage_patience_s),
-            study_name=search.study or "search",
+            study_name=name,
             load_if_exists=goes_on,
             direction=program.settings.direction,
             sampler=program.sampler,
@@ -240,7 +245,9 @@ def build_study(program: Program, *, joins: bool = False) -> optuna.Study:
         )
     except optuna.exceptions.DuplicatedStudyError:
         where = shown(where)
-        raise SettingsError(f"`search.study`: {where} already has a study {search.study}; take another name.") from None
+        raise SettingsError(
+            f"`search.study`: {where} already has a study {name}; take another name, like `--study NAME`."
+        ) from None
     except StorageError as error:
         raise SettingsError(f"`search.storage`: {error}") from None
     except Exception as error:  # every storage has its own kinds of errors
@@ -398,7 +405,7 @@ def _check_steps(settings: Settings, space: Space, examples: int) -> None:
         steps = int(max_steps)
     if steps < settings.search.chunks:
         raise SettingsError(
-            f"A trial can be as short as {steps} optimizer steps, fewer than `search.chunks` = "
+            f"A trial can be as short as {counted(steps, 'optimizer step')}, fewer than `search.chunks` = "
             f"{settings.search.chunks}. Take fewer chunks, smaller batches, more epochs or more examples."
         )
 

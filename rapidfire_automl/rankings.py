@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import accumulate
 
+from rapidfire_automl.events import ENDED_WITH_SEARCH
 from rapidfire_automl.records import TrialRecord
 from rapidfire_policies.base import TrialState
 
@@ -49,6 +50,24 @@ class Rankings:
     equal_steps: tuple[Place, ...]
     tokens: int | None
     equal_cost: tuple[Place, ...]
+
+
+def has_failed(record: TrialRecord) -> bool:
+    """Whether a trial has failed by itself, not merely ended with its search."""
+    return record.state is TrialState.FAILED and record.error != ENDED_WITH_SEARCH
+
+
+def best_so_far(records: Mapping[int, TrialRecord], *, maximize: bool) -> int | None:
+    """The trial with the best finite last value, whatever it has come to but a failure of its own.
+
+    Ties go to the lower number; None without any.
+    """
+    lasts = {
+        number: record.values[-1]
+        for number, record in records.items()
+        if record.values and math.isfinite(record.values[-1]) and not has_failed(record)
+    }
+    return min(lasts, key=lambda number: (-lasts[number] if maximize else lasts[number], number), default=None)
 
 
 def generates(records: Mapping[int, TrialRecord]) -> bool:

@@ -6,7 +6,6 @@ This is the file to read first. `run_search` is what the command line, `Experime
 from __future__ import annotations
 
 import logging
-import math
 import os
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
@@ -22,9 +21,10 @@ from rapidfire_automl.events import Event, Listener
 from rapidfire_automl.jsonable import dumps, jsonable
 from rapidfire_automl.mailboxes import FolderMailbox
 from rapidfire_automl.patience import StorageAway
-from rapidfire_automl.rankings import generates, rank
+from rapidfire_automl.rankings import best_so_far, generates, has_failed, rank
 from rapidfire_automl.versions import installed
 from rapidfire_policies.base import TrialState
+from rapidfire_policies.wording import counted
 
 if TYPE_CHECKING:
     import optuna
@@ -276,14 +276,8 @@ def _started(executor: Executor, study: optuna.Study, n_trials: int) -> Event:
 
 def best_trial(records: Mapping[int, TrialRecord], *, maximize: bool) -> int | None:
     """The COMPLETE trial with the best finite last value; ties go to the lower number, None without any."""
-    finals = {
-        number: record.values[-1]
-        for number, record in records.items()
-        if record.state is TrialState.COMPLETE and record.values and math.isfinite(record.values[-1])
-    }
-    if not finals:
-        return None
-    return min(finals, key=lambda number: (-finals[number] if maximize else finals[number], number))
+    complete = {number: record for number, record in records.items() if record.state is TrialState.COMPLETE}
+    return best_so_far(complete, maximize=maximize)
 
 
 def _result(
@@ -299,10 +293,7 @@ def _result(
     record = records[best] if best is not None else None
     adapter = Path(record.adapter).absolute() if record is not None and record.adapter else None
     used = sum(len(r.values) for r in records.values())
-    full = sum(
-        len(r.values) if r.state is TrialState.FAILED else max(executor.chunks, len(r.boundaries))
-        for r in records.values()
-    )
+    full = sum(len(r.values) if has_failed(r) else max(executor.chunks, len(r.boundaries)) for r in records.values())
     wall_s = log.elapsed_s
     generating = generates(records)
     summary = {
@@ -323,6 +314,7 @@ def _result(
         "seed": getattr(executor, "seed", None),
         "trials": [_trial(r, generating) for r in records.values()],
         "checkpoints": getattr(executor, "spent", None),
+        **({"best_so_far": _so_far(executor, records, maximize)} if status in ("cancelled", "interrupted") else {}),
         **({"rankings": rank(records, maximize=maximize)} if generating else {}),
         "explain": _explain(executor),
         "versions": installed(),
@@ -341,6 +333,22 @@ def _result(
         run_dir=run_dir,
         summary=jsonable({**summary, **{name: fact for name, fact in facts.items() if name not in summary}}),
     )
+
+
+def _so_far(executor: Executor, records: Mapping[int, TrialRecord], maximize: bool) -> dict[str, Any] | None:
+    """The best trial of a search that was cut short, finished or not, in the summary's words; None without any."""
+    number = best_so_far(records, maximize=maximize)
+    if number is None:
+        return None
+    record = records[number]
+    return {
+        "trial": number,
+        "value": record.values[-1],
+        "params": record.params,
+        "adapter": Path(record.adapter).absolute() if record.adapter else None,
+        "chunk": len(record.values),
+        "of": len(record.boundaries) or executor.chunks,
+    }
 
 
 def _trial(record: TrialRecord, generating: bool) -> dict[str, Any]:
@@ -448,12 +456,12 @@ def _reasons(records: Mapping[int, TrialRecord], most: int = 3) -> str:
     for number, record in records.items():
         reason = (record.error or "no reason recorded").strip().splitlines()[-1]
         hit.setdefault(reason, []).append(number)
-    lines = [f"All {len(records)} trials failed."]
+    lines = ["The only trial failed." if len(records) == 1 else f"All {len(records)} trials failed."]
     for reason, numbers in list(hit.items())[:most]:
         named = ", ".join(map(str, numbers[:5])) + (", ..." if len(numbers) > 5 else "")
         lines.append(f"trial{'s' if len(numbers) > 1 else ''} {named}: {reason}")
     if len(hit) > most:
-        lines.append(f"and {len(hit) - most} more reasons in summary.json")
+        lines.append(f"and {counted(len(hit) - most, 'more reason')} in summary.json")
     return "\n".join(lines)
 
 

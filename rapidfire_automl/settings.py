@@ -151,7 +151,7 @@ def load_settings(path: str | Path, overrides: Iterable[str] = ()) -> Settings:
     except FileNotFoundError:
         raise SettingsError(f"There is no file {path}.") from None
     except (OSError, UnicodeDecodeError) as error:
-        raise SettingsError(f"{path} cannot be read: {error}.") from None
+        raise SettingsError(f"{path} cannot be read: {getattr(error, 'strerror', None) or error}.") from None
     except tomllib.TOMLDecodeError as error:
         raise SettingsError(f"{path} is not valid TOML: {error}.") from None
     return parse_settings(raw, overrides)
@@ -198,6 +198,21 @@ def apply_override(raw: Mapping[str, Any], override: str) -> dict[str, Any]:
         at = at[part]
     at[parts[-1]] = value
     return tree
+
+
+def check_set_once(lines: Iterable[str]) -> None:
+    """Refuse `key=value` lines of which two are about one key.
+
+    Raises:
+        SettingsError: There are two; the message has both values.
+    """
+    found: dict[str, str] = {}
+    for line in lines:
+        key, _, text = line.partition("=")
+        key = ".".join(part.strip() for part in key.split("."))
+        if key in found:
+            raise SettingsError(f"`{key}` is set twice, to {found[key]} and to {text.strip()}. Leave one out.")
+        found[key] = text.strip()
 
 
 def toml_value(text: str) -> Any:

@@ -16,7 +16,7 @@ import optuna
 from rapidfire_automl import workers
 from rapidfire_automl.errors_of_storages import redacted
 from rapidfire_automl.settings import Settings, SettingsError, parse_settings
-from rapidfire_automl.storages import StorageError, open_storage, shown
+from rapidfire_automl.storages import NoSuchStudy, StorageError, load_study, open_storage, shown
 
 SEARCH_ATTR = "rapidfire:search"
 """The study attribute that holds the description."""
@@ -51,16 +51,13 @@ def find(storage: str, study: str) -> Shared:
         SettingsError: It can't be opened, or nobody has begun a search in it.
     """
     try:
-        opened = open_storage(storage)
+        found = load_study(storage, study)
+    except NoSuchStudy as error:
+        raise SettingsError(
+            f"`--study`: {error} Begin it with `rapidfire-automl run search.toml --storage ... --study {study}`."
+        ) from None
     except StorageError as error:
         raise SettingsError(f"`--storage`: {error}") from None
-    try:
-        found = optuna.load_study(study_name=study, storage=opened)
-    except KeyError:
-        raise SettingsError(
-            f"`--study`: {shown(storage)} has no study {study}. Begin it with "
-            f"`rapidfire-automl run search.toml --storage ... --study {study}`."
-        ) from None
     told = found.user_attrs.get(SEARCH_ATTR)
     if not isinstance(told, Mapping) or told.get("format") != _FORMAT:
         raise SettingsError(
@@ -116,22 +113,24 @@ def join(
         raise SettingsError(f"`search.storage`: {error}") from None
     except ValueError as error:
         raise SettingsError(f"`search.grace_s`: {redacted(str(error))}") from None
+    filled = bool(study.get_trials(deepcopy=False))  # looked at first: whoever has filled it has described it before
     told = study.user_attrs.get(SEARCH_ATTR)
-    if told is None and study.get_trials(deepcopy=False):
+    if told is None and filled:
         raise SettingsError(f"`search.study`: study {search.study} holds something else; take another name.")
+    if n_trials is not None:
+        mine = {
+            "format": _FORMAT,
+            "settings": _portable(shared.settings),
+            "folder": str(shared.folder.absolute()),
+            "run_dir": str(shared.run_dir.absolute()),
+            "facts": dict(shared.facts),
+        }
+        told = storage.settle_study_user_attr(study._study_id, SEARCH_ATTR, mine)
     if told is not None:
         _check(told["facts"], shared.facts, search.study)
     if n_trials is not None:
-        study.set_user_attr(
-            SEARCH_ATTR,
-            {
-                "format": _FORMAT,
-                "settings": _portable(shared.settings),
-                "folder": str(shared.folder.absolute()),
-                "run_dir": str(shared.run_dir.absolute()),
-                "facts": dict(shared.facts),
-            },
-        )
+        if told != mine:  # the same search, with more trials or from another folder
+            study.set_user_attr(SEARCH_ATTR, mine)
         workers.fill(study, n_trials, points)
     return study
 

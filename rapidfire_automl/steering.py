@@ -162,17 +162,13 @@ def in_background(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Fu
 def _load_study(study: Any, storage: Any) -> optuna.Study:
     import optuna
 
-    from rapidfire_automl.errors_of_storages import redacted
-    from rapidfire_automl.storages import open_storage, shown
+    from rapidfire_automl.storages import StorageError, load_study
 
     if isinstance(study, optuna.Study):
         return study
     if storage is None:
         raise ControlError(f"`storage` must be given beside study {study!r}, like sqlite:///study.db.")
     try:
-        opened = open_storage(storage) if isinstance(storage, str) else storage
-        return optuna.load_study(study_name=study, storage=opened)
-    except Exception as error:  # every storage has its own kinds of errors
-        where = shown(storage) if isinstance(storage, str) else type(storage).__name__
-        why = redacted(str(error)) or type(error).__name__
-        raise ControlError(f"Study {study!r} cannot be opened in {where}: {why}") from None
+        return load_study(storage, study)
+    except StorageError as error:
+        raise ControlError(f"`storage`: {error}") from None

@@ -20,12 +20,18 @@ from rapidfire_automl.patience import PATIENCE_S, PatientStorage
 
 HEARTBEAT_S, GRACE_S = 30, 120
 """How often a worker says that it lives, and after how long a silence it is taken for dead."""
+_FEW = 5
+"""Studies that are named where one is not found."""
 JOURNAL = "journal://"
 """What the URL of a journal file begins with."""
 
 
 class StorageError(ValueError):
     """A storage that cannot be opened; the message says which, without its password, and why."""
+
+
+class NoSuchStudy(StorageError):
+    """A storage that can be opened and does not have the study; the message names some that it has."""
 
 
 def shown(storage: str) -> str:
@@ -57,6 +63,7 @@ def open_storage(
     patience_s: float = PATIENCE_S,
     heartbeat_s: int | None = None,
     grace_s: int | None = None,
+    make: bool = True,
 ) -> PatientStorage:
     """Open a storage.
 
@@ -66,11 +73,15 @@ def open_storage(
         patience_s: How long the storage may be away while it is in use.
         heartbeat_s: How often a worker says that it lives; None where no other process works on the study.
         grace_s: After how long a silence others take its trials over.
+        make: Whether a file or tables that are not there yet are made.
 
     Raises:
-        StorageError: It cannot be opened, or `heartbeat_s` is given and it has no heartbeat.
+        StorageError: It cannot be opened, it is not there and not to be made, or `heartbeat_s` is given and it has no
+            heartbeat.
     """
     url = url_of(text)
+    if not make and (file := _file(url)) is not None and not file.exists():
+        raise StorageError(f"there is no file {file}.")
     if url.startswith(JOURNAL):
         if heartbeat_s is not None:
             raise StorageError(
@@ -78,7 +89,7 @@ def open_storage(
                 "postgresql+psycopg://..., or sqlite:///... on one machine."
             )
         return PatientStorage(_journal(url), patience_s=patience_s)
-    backend = _database(url, heartbeat_s, grace_s)
+    backend = _database(url, heartbeat_s, grace_s, make)
     inner = optuna.storages.get_storage(backend)
     storage = PatientStorage(
         inner,
@@ -89,6 +100,40 @@ def open_storage(
     )
     watch(backend.engine, storage.failed)
     return storage
+
+
+def load_study(storage: str | BaseStorage, name: str) -> optuna.Study:
+    """A study that is there already; nothing is made.
+
+    Args:
+        storage: As of `open_storage`, or an open one.
+        name: The study's.
+
+    Raises:
+        StorageError: The storage cannot be opened, or is not there.
+        NoSuchStudy: It does not have the study.
+    """
+    where = shown(storage) if isinstance(storage, str) else type(storage).__name__
+    opened = open_storage(storage, make=False) if isinstance(storage, str) else storage
+    try:
+        return optuna.load_study(study_name=name, storage=opened)
+    except KeyError:
+        names = sorted(study.study_name for study in optuna.get_all_study_summaries(opened, include_best_trial=False))
+        more = f" and {len(names) - _FEW} more" if len(names) > _FEW else ""
+        has = f"it has {', '.join(names[:_FEW])}{more}" if names else "it has none"
+        raise NoSuchStudy(f"{where} has no study {name}; {has}.") from None
+    except Exception as error:  # every storage has its own kinds of errors
+        raise StorageError(f"{where} cannot be read: {reason_of(error)}.") from None
+
+
+def _file(url: str) -> Path | None:
+    """The file a URL means; None where that is a server's, or memory."""
+    if url.startswith(JOURNAL):
+        return Path(url.removeprefix(JOURNAL))
+    if not url.startswith("sqlite"):
+        return None
+    name = url.partition("://")[2].removeprefix("/").partition("?")[0]
+    return None if not name or name.startswith((":memory:", "file:")) else Path(name)
 
 
 def _journal(url: str) -> BaseStorage:
@@ -129,7 +174,7 @@ class _WholeLines(JournalFileBackend):
             self._turn.release()
 
 
-def _database(url: str, heartbeat_s: int | None, grace_s: int | None) -> RDBStorage:
+def _database(url: str, heartbeat_s: int | None, grace_s: int | None, make: bool) -> RDBStorage:
     beating: dict[str, Any] = {}
     if heartbeat_s is not None:
         with warnings.catch_warnings():
@@ -150,8 +195,10 @@ def _database(url: str, heartbeat_s: int | None, grace_s: int | None) -> RDBStor
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
-                return RDBStorage(url, engine_kwargs=dict(arguments), **beating)
+                return RDBStorage(url, engine_kwargs=dict(arguments), skip_table_creation=not make, **beating)
         except Exception as error:  # SQLAlchemy, its drivers and alembic have their own kinds of errors
+            if not make and _has_no_tables(error):
+                raise StorageError(f"{shown(url)} holds no studies.") from None
             if attempt == 4 or not _is_race(error):
                 raise StorageError(f"{shown(url)} cannot be opened: {_said(error)}.") from None
             time.sleep(0.3)
@@ -162,6 +209,11 @@ def _is_race(error: Exception) -> bool:
     """Whether another process has made the tables at the same moment."""
     text = str(error)
     return any(words in text for words in ("already exists", "UNIQUE constraint", "duplicate key", "is locked"))
+
+
+def _has_no_tables(error: Exception) -> bool:
+    text = str(error.__cause__ or error)
+    return "version_info" in text and ("no such table" in text or "does not exist" in text)
 
 
 def _said(error: Exception) -> str:

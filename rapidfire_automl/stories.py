@@ -16,6 +16,7 @@ from typing import Any
 from rapidfire_automl.control import RULED
 from rapidfire_automl.event_log import Line, Log, read_events
 from rapidfire_automl.events import ENDED_WITH_SEARCH, Event
+from rapidfire_policies.wording import counted
 
 _BECAUSE = (
     (("not_finite",), "its value was {not_finite}"),
@@ -35,7 +36,7 @@ _BECAUSE = (
     ),
     (
         ("forecast", "spent", "budget", "rival"),
-        "{spent} of {budget} chunks were spent, and it was believed to end at {forecast}, behind trial {rival}",
+        "{spent} of {budget_chunks} were spent, and it was believed to end at {forecast}, behind trial {rival}",
     ),
     (("forecast", "deviation"), "it was believed to end at {forecast} ± {deviation}, and others had their turn"),
     (
@@ -44,23 +45,22 @@ _BECAUSE = (
     ),
     (
         ("rival", "worse_by", "worse_by_at_least", "examples"),
-        "on {examples} examples it was worse than trial {rival} by {worse_by}, beyond doubt by {worse_by_at_least}",
+        "on {on_examples} it was worse than trial {rival} by {worse_by}, beyond doubt by {worse_by_at_least}",
     ),
     (
         ("rival", "worse_by", "capital", "examples"),
-        "on {examples} examples it was worse than trial {rival} by {worse_by}, and bets on that won {capital} times "
+        "on {on_examples} it was worse than trial {rival} by {worse_by}, and bets on that won {capital} times "
         "the stake",
     ),
     (
         ("rival", "worse_by", "p", "examples"),
-        "on {examples} examples it was worse than trial {rival} by {worse_by} (p = {p})",
+        "on {on_examples} it was worse than trial {rival} by {worse_by} (p = {p})",
     ),
     (("kl",), "its KL divergence from the reference was {kl}"),
-    (("flat",), "its rewards had no variance for {flat} chunks"),
+    (("flat",), "its rewards had no variance for {flat_chunks}"),
     (
         ("spent", "to_come", "budget", "peers"),
-        "{spent} chunks were spent and {to_come} to come, more than the budget of {budget}, and {its} was behind "
-        "{others}",
+        "{spent_chunks} spent and {to_come} to come, more than the budget of {budget}, and {its} was behind {others}",
     ),
     (("best", "threshold"), "{its} and those before it were {worse} than its best, {best}"),
     (("first", "threshold"), "{its} had gone far from its first, {first}"),
@@ -247,7 +247,11 @@ class Story:
         ends = [(_float(s.values.get(s.chunk)), s.number) for s in search.stories.values() if s.state == "complete"]
         order = sorted((-end if search.maximize else end, number) for end, number in ends if math.isfinite(end))
         places = {number: place for place, (_, number) in enumerate(order, start=1)}
-        place = f", {_ordinal(places[self.number])} of {len(places)} complete trials" if self.number in places else ""
+        place = (
+            f", {_ordinal(places[self.number])} of {counted(len(places), 'complete trial')}"
+            if self.number in places
+            else ""
+        )
         return f"{self._name} is complete {self._standing(search)}{place}."
 
     def _failed(self, search: Search) -> str:
@@ -308,11 +312,17 @@ class Story:
             "rank_th": _ordinal(numbers.get("rank")),
             "at_rung": at if "rung" in words else "",
             "go_on": best.get(keep, f"the best {words.get('keep')} go on") if isinstance(keep, int) else "",
-            "too": f", and {words['waiting']} better ones wait already" if "waiting" in words else "",
+            "too": f", and {_counted(numbers, 'waiting', 'better one waits', 'better ones wait')} already"
+            if "waiting" in words
+            else "",
             "better": "more" if search.maximize else "less",
             "worse": "lower" if search.maximize else "higher",
             "whose": f" (trial {words['rival']}'s)" if whose else "",
-            "others": f"{words.get('peers')} other{'' if words.get('peers') == '1' else 's'}",
+            "others": _counted(numbers, "peers", "other", "others"),
+            "on_examples": _counted(numbers, "examples", "example", "examples"),
+            "flat_chunks": _counted(numbers, "flat", "chunk", "chunks"),
+            "budget_chunks": _counted(numbers, "budget", "chunk", "chunks"),
+            "spent_chunks": _counted(numbers, "spent", "chunk was", "chunks were"),
         }
 
     @property
@@ -372,6 +382,12 @@ def _float(value: object) -> float:
         return float(value)  # type: ignore[arg-type]
     except (TypeError, ValueError):
         return math.nan
+
+
+def _counted(numbers: Mapping[str, Any], name: str, one: str, many: str) -> str:
+    """One of a verdict's numbers with its noun, whatever the log has there."""
+    value = numbers.get(name)
+    return f"{_text(value)} {one if value == 1 else many}"
 
 
 def _ordinal(number: object) -> str:

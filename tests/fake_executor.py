@@ -10,7 +10,7 @@ from typing import Any
 
 import optuna
 
-from rapidfire_automl.events import Event, Listener
+from rapidfire_automl.events import ENDED_WITH_SEARCH, Event, Listener
 from rapidfire_automl.records import TrialRecord
 from rapidfire_policies.base import TrialState
 
@@ -26,6 +26,7 @@ class FakeExecutor:
         fails: Trial number -> error text.
         values: Trial number -> its values, in place of made-up ones.
         interrupt_after: Raise KeyboardInterrupt after so many chunks.
+        cancel_after: Be cancelled by a person after so many chunks.
         prune: Whether to stop trials.
         pace_s: Real seconds to sleep per round.
         generates: Tokens that a chunk generates for each of `num_generations`.
@@ -40,6 +41,7 @@ class FakeExecutor:
         fails: Mapping[int, str] | None = None,
         values: Mapping[int, list[float]] | None = None,
         interrupt_after: int | None = None,
+        cancel_after: int | None = None,
         prune: bool = True,
         pace_s: float = 0.0,
         generates: int = 0,
@@ -50,6 +52,7 @@ class FakeExecutor:
         self.plan = {"budget_tokens": 4096, "trials_per_pass": slots}
         self._listeners: list[Listener] = []
         self._fails, self._values = dict(fails or {}), dict(values or {})
+        self.cancelled, self._cancel_after = False, cancel_after
         self._interrupt_after, self._prune, self._pace_s = interrupt_after, prune, pace_s
         self._now, self._done, self._generates = 0.0, 0, generates
         self._random = random.Random(seed)
@@ -92,6 +95,9 @@ class FakeExecutor:
             if live:
                 self._round(live)
                 live = self._judge(study, live)
+            if self._cancel_after is not None and self._done >= self._cancel_after:
+                self._cancel(live)
+                return
         if all(record.state is TrialState.FAILED for record in self.records.values()):
             raise RuntimeError("All trials failed.")
 
@@ -150,6 +156,14 @@ class FakeExecutor:
             )
             if self._interrupt_after is not None and self._done >= self._interrupt_after:
                 raise KeyboardInterrupt
+
+    def _cancel(self, live: list[optuna.Trial]) -> None:
+        self.cancelled = True
+        for trial in live:
+            record = self.records[trial.number]
+            record.state, record.error = TrialState.FAILED, ENDED_WITH_SEARCH
+            record.adapter = f"trials/{trial.number}/adapter"
+            self._tell("trial_ended", trial, state="failed", value=None, reason=ENDED_WITH_SEARCH, adapter=None)
 
     def _hold(self, record: TrialRecord, start: float) -> None:
         """As the executor does it: one span for as long as a trial keeps its slot."""

@@ -65,8 +65,13 @@ def test_a_command_survives_the_way_to_another_process(verb: str) -> None:
         ),
         ({"verb": "extend", "trial": 3}, "got None"),
         ({"verb": "clone", "trial": 3, "arguments": {"warm_start": "yes"}}, "true or false"),
-        ({"verb": "clone", "trial": 3, "arguments": {"set": {"lr": float("nan")}}}, "`lr` must be finite, got nan."),
+        ({"verb": "clone", "trial": 3, "arguments": {"set": {"x": float("nan")}}}, "`x` must be finite, got nan."),
+        ({"verb": "add", "arguments": {"set": {"lr": float("nan")}}}, "`lr` must be a number >= 0, got nan."),
         ({"verb": "add", "arguments": {"set": [1]}}, "must be a table"),
+        (
+            {"verb": "set-policy", "arguments": {"name": None, "arguments": {"x": 1, "y": 2}}},
+            "A policy that is switched off takes no arguments, got `x`, `y`.",
+        ),
         ({"verb": "pause", "trial": 3, "id": "../../x"}, "`id` must be up to 80 letters"),
         ({"verb": "pause", "trial": 3, "id": "a/b"}, "`id` must be"),
         ({"verb": "pause", "trial": 3, "id": ".hidden"}, "`id` must be"),
@@ -148,6 +153,11 @@ def test_any_json_is_a_command_or_is_refused(told: Any) -> None:
         return
     assert Command.from_json(command.to_json()) == command
     assert command.describe()
+
+
+def test_one_chunk_is_not_several() -> None:
+    assert Command("extend", 0, {"chunks": 1}).describe() == "extend 0 by 1 chunk"
+    assert Command("extend", 0, {"chunks": 2}).describe() == "extend 0 by 2 chunks"
 
 
 def test_an_object_does_not_leave_the_process() -> None:
@@ -415,8 +425,14 @@ def test_search_says_what_is_missing(tmp_path: Path) -> None:
         Search(tmp_path)
     with pytest.raises(ControlError, match="`storage` must be given"):
         Search(study="s")
-    with pytest.raises(ControlError, match="cannot be opened"):
+    with pytest.raises(ControlError, match=r"^`storage`: there is no file .*study\.db\.$"):
         Search(study="s", storage=f"sqlite:///{tmp_path / 'study.db'}")
+    with pytest.raises(ControlError, match="has no study s; it has none"):
+        Search(study="s", storage=optuna.storages.InMemoryStorage())
+    with pytest.raises(ControlError) as caught:
+        Search(study="s", storage="postgresql://me:s3cret@127.0.0.1:1/db")
+    assert str(caught.value).count("127.0.0.1:1/db") == 1
+    assert "s3cret" not in str(caught.value)
 
 
 def test_events_of_another_process_are_read_as_they_come(tmp_path: Path) -> None:

@@ -135,6 +135,34 @@ def test_ctrl_c_keeps_what_is_done(tmp_path: Path) -> None:
     assert {path.name for path in tmp_path.iterdir()} == FILES
 
 
+CURVES = {0: [2.0, 1.0, 0.9, 0.8], 1: [2.0, 0.5, 0.7, math.nan], 2: [1.5, 0.6, 0.6, 0.6], 3: [3.0] * 4}
+
+
+@pytest.mark.parametrize(("direction", "chunks", "best"), [("minimize", 2, 1), ("minimize", 1, 2), ("maximize", 2, 3)])
+def test_cancelled_it_names_the_best_so_far(tmp_path: Path, direction: str, chunks: int, best: int) -> None:
+    executor = FakeExecutor(4, 4, values=CURVES, cancel_after=4 * chunks, prune=False)
+    result = search(tmp_path, executor, 6, direction=direction)
+    summary = read(tmp_path)
+    assert (summary["status"], summary["best_trial"], result.best_trial) == ("cancelled", None, None)
+    assert (result.chunks_used, result.chunks_if_all_ran) == (4 * chunks, 4 * 4), "they would have trained on"
+    assert summary["best_so_far"] == {
+        "trial": best,
+        "value": CURVES[best][chunks - 1],
+        "params": executor.records[best].params,
+        "adapter": str(Path(f"trials/{best}/adapter").absolute()),
+        "chunk": chunks,
+        "of": 4,
+    }
+
+
+def test_who_has_failed_or_has_no_finite_value_is_not_the_best_so_far(tmp_path: Path) -> None:
+    executor = FakeExecutor(4, 4, values=CURVES, cancel_after=8, prune=False, fails={1: "boom"})
+    assert search(tmp_path, executor, 4).summary["best_so_far"]["trial"] == 2
+    executor = FakeExecutor(1, 4, values={0: [math.nan] * 4}, cancel_after=1, prune=False)
+    assert search(tmp_path / "none", executor, 1).summary["best_so_far"] is None
+    assert "best_so_far" not in search(tmp_path / "whole", FakeExecutor(), 2).summary
+
+
 def test_a_crash_is_not_hidden(tmp_path: Path) -> None:
     class Broken(FakeExecutor):
         def optimize(self, *args: Any, **kwargs: Any) -> None:

@@ -15,7 +15,8 @@ from sqlalchemy.exc import OperationalError
 from rapidfire_automl import attempts
 from rapidfire_automl.errors_of_storages import is_away, reason_of, redacted
 from rapidfire_automl.patience import PatientStorage, StorageAway
-from rapidfire_automl.storages import StorageError, open_storage, shown
+from rapidfire_automl.storages import NoSuchStudy, StorageError, load_study, open_storage, shown
+from tests import postgres
 from tests.executor.forking import Forked
 
 SECRETS = [
@@ -49,6 +50,32 @@ def test_a_storage_that_cannot_be_opened_says_why_without_its_password(url: str,
         open_storage(url)
     assert "s3cret" not in str(caught.value)
     assert caught.value.__cause__ is None and caught.value.__suppress_context__
+
+
+@pytest.mark.parametrize("url", ["sqlite:///{}/typo.db", "{}/typo.db", "journal://{}/typo.log", "{}/deep/typo.log"])
+def test_who_looks_for_a_study_makes_no_storage(tmp_path: Path, url: str) -> None:
+    with pytest.raises(StorageError, match=rf"^there is no file {tmp_path}/[\w/]*typo\.(db|log)\.$"):
+        load_study(url.format(tmp_path), "first")
+    assert not list(tmp_path.iterdir())
+
+
+def test_who_looks_for_a_study_makes_no_tables(tmp_path: Path) -> None:
+    (tmp_path / "empty.db").touch()
+    with pytest.raises(StorageError, match=r"empty\.db holds no studies\.$"):
+        load_study(str(tmp_path / "empty.db"), "first")
+    assert (tmp_path / "empty.db").stat().st_size == 0
+
+
+@pytest.mark.parametrize("file", ["study.db", "study.log"])
+def test_a_study_that_is_not_there_is_told_with_some_that_are(tmp_path: Path, file: str) -> None:
+    storage = open_storage(str(tmp_path / file))
+    with pytest.raises(NoSuchStudy, match=r"has no study first; it has none\.$"):
+        load_study(str(tmp_path / file), "first")
+    for name in "bcdefga":
+        optuna.create_study(storage=storage, study_name=name)
+    with pytest.raises(NoSuchStudy, match=r"has no study first; it has a, b, c, d, e and 2 more\.$"):
+        load_study(str(tmp_path / file), "first")
+    assert load_study(str(tmp_path / file), "c").study_name == "c"
 
 
 def test_a_journal_file_has_no_heartbeat(tmp_path: Path) -> None:
@@ -186,3 +213,13 @@ def test_what_does_not_pass_is_not_waited_for() -> None:
     assert is_away(OperationalError("x", {}, Exception("database is locked")))
     assert not is_away(ValueError("no"))
     assert reason_of(broken()) == "server closed the connection"
+
+
+@pytest.mark.skipif(postgres.binaries() is None, reason="no PostgreSQL here")
+def test_who_looks_for_a_study_makes_no_tables_on_a_server() -> None:
+    with postgres.server() as server:
+        with pytest.raises(StorageError, match=r"holds no studies\.$"):
+            load_study(server.url(), "first")
+        optuna.create_study(storage=open_storage(server.url()), study_name="second")
+        with pytest.raises(NoSuchStudy, match=r"has no study first; it has second\.$"):
+            load_study(server.url(), "first")

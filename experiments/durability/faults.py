@@ -65,6 +65,12 @@ class Case:
         """Any but the last."""
         return self.draw.randint(1, self.steps - 1)
 
+    def some_step_amid_a_chunk(self) -> int:
+        """Of the first two trials, in turns, at which both have a checkpoint and end no chunk with their next step."""
+        length = self.steps // (self.options["n_trials"] * self.options["chunks"])
+        chunk = self.draw.randint(1, self.options["chunks"] - 1)
+        return 2 * length * chunk + self.draw.randint(1, 2 * length - 4)
+
 
 def kill(case: Case) -> dict[str, Any]:
     """Between the first step and the last, by the clock."""
@@ -82,8 +88,12 @@ def kill_at_a_step(case: Case) -> dict[str, Any]:
 
 
 def kill_while_writing(case: Case) -> dict[str, Any]:
-    place = case.draw.choice(["checkpoint.writing", "checkpoint.renaming", "checkpoint.renamed"])
-    case.start(f"{place}=kill@{case.draw.randint(2, 6)}").killed()
+    places = ["checkpoint.writing", "checkpoint.renaming", "checkpoint.replacing", "checkpoint.renamed"]
+    place = case.draw.choice(places)
+    if place == "checkpoint.replacing":  # which only a trial comes to that is put on disk amid a chunk, as by SIGTERM
+        case.start(f"{place}=kill@{case.draw.randint(1, 2)}", term_at=case.some_step_amid_a_chunk()).killed()
+    else:
+        case.start(f"{place}=kill@{case.draw.randint(2, 6)}").killed()
     return dict(case.start().result())
 
 

@@ -11,6 +11,7 @@ from rapidfire_policies.rising_bound import RisingBound
 from rapidfire_policies.rungs import rank_key
 from rapidfire_policies.spare import Spare
 from rapidfire_policies.survivors import is_finite, keep_one
+from rapidfire_policies.wording import counted
 
 RULE = Spare(RisingBound(window=3, keep=1, errors=2.0), share=1 / 3)
 """What `Auto` is without a budget; its settings were chosen on recorded curves (`experiments/policies/tune.py`)."""
@@ -83,7 +84,7 @@ class Auto(Policy):
         over = {}
         while len(live) > 1 and spent + left > self.budget:
             worst = live.pop()
-            words = f"{spent} chunks spent and {left} to come are more than {self.budget}"
+            words = f"{counted(spent, 'chunk')} spent and {left} to come are more than {self.budget}"
             reason = f"budget: {words}; {worst.values[-1]:.4g} is the worst of {len(live) + 1}"
             numbers = numbers_of(worst, spent=spent, to_come=left, budget=self.budget, peers=len(live))
             over[worst.number] = Decision(Verdict.STOP, reason, numbers)

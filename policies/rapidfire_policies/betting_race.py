@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from rapidfire_policies._arguments import check_level
 from rapidfire_policies.base import Decision, History, Number, Policy
 from rapidfire_policies.paired import race, spent
+from rapidfire_policies.wording import counted
 
 LARGEST_BET = 0.9
 
@@ -95,7 +96,7 @@ class BettingRace(Policy):
             columns = (differences.mean(axis=1), largest, bounded, capitals)
             for mean, most, fits, log_capital in zip(*(column.tolist() for column in columns), strict=True):
                 capital = math.exp(min(log_capital, 99))
-                won = f"worse by {mean:.3g}, capital {capital:.3g} of {1 / level:.3g} ({examples} examples)"
+                won = f"worse by {mean:.3g}, capital {capital:.3g} of {1 / level:.3g} ({counted(examples, 'example')})"
                 beyond = f"a difference of {most:.3g} is beyond `high` - `low` = {width:.3g}: not judged"
                 numbers: dict[str, Number] = {"worse_by": mean, "capital": capital, "most_capital": 1 / level}
                 is_worse = log_capital >= math.log(1 / level)

@@ -11,6 +11,7 @@ from rapidfire_policies._arguments import check_inner, check_int, check_number
 from rapidfire_policies.base import Decision, History, Policy, TrialHistory, TrialState, Verdict, numbers_of
 from rapidfire_policies.nop import Nop
 from rapidfire_policies.survivors import is_finite, keep_one, stop_diverged
+from rapidfire_policies.wording import counted
 
 _ENDED = {Verdict.STOP: TrialState.STOPPED, Verdict.COMPLETE: TrialState.COMPLETE}
 
@@ -114,13 +115,13 @@ class Guard(Policy):
             words = f"{where} KL {kl[-1]:.4g} is above {self.max_kl:.4g}"
             return Decision(Verdict.STOP, words, numbers_of(trial, kl=kl[-1], max_kl=self.max_kl))
         if self.flat is not None and self._is_flat(trial, self.flat):
-            words = f"{where} no variance in the reward for {self.flat} chunks"
+            words = f"{where} no variance in the reward for {counted(self.flat, 'chunk')}"
             return Decision(Verdict.STOP, words, numbers_of(trial, flat=self.flat))
         if self.patience is not None and 0 < self.patience < trial.resource:
             best = min(filter(math.isfinite, trial.values[: -self.patience]), default=math.inf)
             limit = best + self.margin * abs(best)
             if all(math.isfinite(v) and v > limit for v in trial.values[-self.patience :]):
-                words = f"{where} {self.patience} values above the best, {best:.4g}"
+                words = f"{where} {counted(self.patience, 'value')} above the best, {best:.4g}"
                 return Decision(Verdict.COMPLETE, words, numbers_of(trial, threshold=limit, best=best))
         return None
 

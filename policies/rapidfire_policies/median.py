@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from rapidfire_policies._arguments import check_int
 from rapidfire_policies.base import Decision, History, Policy, TrialHistory, Verdict, numbers_of
 from rapidfire_policies.survivors import is_finite, keep_one, stop_diverged
+from rapidfire_policies.wording import counted
 
 
 @dataclass(frozen=True)
@@ -85,7 +86,7 @@ class Median(Policy):
             return Decision(Verdict.CONTINUE, f"chunk {trial.resource}: too early to judge")
         value = min(filter(math.isfinite, trial.values)) if self.average else trial.values[-1]
         middle = float(peers[(len(peers) - 1) // 2] / 2 + peers[len(peers) // 2] / 2)
-        words = f"chunk {trial.resource}: {value:.4g}, median of {len(peers)} peers {middle:.4g}"
+        words = f"chunk {trial.resource}: {value:.4g}, median of {counted(len(peers), 'peer')} {middle:.4g}"
         numbers = numbers_of(trial, value=value, threshold=middle, peers=len(peers))
         return Decision(Verdict.STOP if value > middle else Verdict.CONTINUE, words, numbers)
 

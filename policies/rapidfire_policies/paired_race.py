@@ -13,6 +13,7 @@ from scipy.special import stdtrit
 from rapidfire_policies._arguments import check_level
 from rapidfire_policies.base import Decision, History, Number, Policy
 from rapidfire_policies.paired import race, spent
+from rapidfire_policies.wording import counted
 
 MIN_EXAMPLES = 20
 
@@ -82,7 +83,7 @@ class PairedRace(Policy):
             examples = differences.shape[1]
             bounds = lower_bounds(differences, level).tolist()
             for mean, bound in zip(differences.mean(axis=1).tolist(), bounds, strict=True):
-                words = f"worse by {mean:.3g}, at least {bound:.3g} ({examples} examples, level {level:.2g})"
+                words = f"worse by {mean:.3g}, at least {bound:.3g} ({counted(examples, 'example')}, level {level:.2g})"
                 # The bound moves with the mean: had all scores been better by more, it would lie below 0.
                 numbers: dict[str, Number] = {"worse_by": mean, "worse_by_at_least": bound, "short_by": bound}
                 yield bound > 0, words, numbers | {"examples": examples, "level": level}

@@ -8,6 +8,7 @@ from dataclasses import replace
 from rapidfire_policies.base import Decision, History, TrialState, Verdict, numbers_of
 from rapidfire_policies.rungs import top_fraction, values_at
 from rapidfire_policies.survivors import is_finite, stop_diverged
+from rapidfire_policies.wording import counted
 
 
 def promote(
@@ -57,7 +58,7 @@ def promote(
             decisions[trial.number] = Decision(Verdict.PAUSE, words, numbers)
     order = [number for _, _, number in sorted(waiting)]
     for number in order[history.slots :]:
-        words = f"{decisions[number].reason}; {history.slots} better ones wait"
+        words = f"{decisions[number].reason}; {counted(history.slots, 'better one waits', many='better ones wait')}"
         numbers = {**decisions[number].numbers, "waiting": history.slots}
         decisions[number] = Decision(Verdict.STOP, words, numbers)
     if not history.running and not any(d.verdict is Verdict.CONTINUE for d in decisions.values()):

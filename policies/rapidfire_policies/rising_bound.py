@@ -12,6 +12,7 @@ from rapidfire_policies._arguments import check_int, check_number
 from rapidfire_policies.base import Decision, History, Policy, TrialHistory, TrialState, Verdict, numbers_of
 from rapidfire_policies.rungs import rank_key
 from rapidfire_policies.survivors import diverged, is_finite, keep_one
+from rapidfire_policies.wording import counted
 
 
 @dataclass(frozen=True)
@@ -99,7 +100,7 @@ class RisingBound(Policy):
         width = min(done - 1, max(self.window, math.floor(self.growth * done)))
         best, before = _best(trial.values), _best(trial.values[: done - width])
         if not math.isfinite(before):
-            return Decision(Verdict.CONTINUE, f"chunk {done}: no finite value {width} chunks ago")
+            return Decision(Verdict.CONTINUE, f"chunk {done}: no finite value {counted(width, 'chunk')} ago")
         pace = (before - best) / width
         noise = self.errors * _standard_error(trial, leader) if self.errors else 0.0
         bound, lead = best - (chunks - done) * pace - noise, _surely(leader.values)

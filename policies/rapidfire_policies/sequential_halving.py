@@ -10,6 +10,7 @@ from rapidfire_policies._arguments import check_int
 from rapidfire_policies.base import Decision, History, Policy, TrialHistory, TrialState, Verdict, numbers_of
 from rapidfire_policies.rungs import top, values_at
 from rapidfire_policies.survivors import diverged, is_finite, keep_one
+from rapidfire_policies.wording import counted
 
 
 @dataclass(frozen=True)
@@ -125,8 +126,8 @@ def _judge(standing: Sequence[TrialHistory], values: Mapping[int, float], number
     return {
         trial.number: Decision(
             Verdict.CONTINUE if cut.keeps(trial.number) else Verdict.STOP,
-            f"round {number}, {trial.resource} chunks: {trial.values[-1]:.4g} ranks {cut.ranks[trial.number]} of "
-            f"{len(values)}, {best} (cut {cut.value:.4g})",
+            f"round {number}, {counted(trial.resource, 'chunk')}: {trial.values[-1]:.4g} ranks "
+            f"{cut.ranks[trial.number]} of {len(values)}, {best} (cut {cut.value:.4g})",
             cut.numbers(trial.resource, trial),
         )
         for trial in standing

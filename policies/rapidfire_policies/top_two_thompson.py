@@ -13,6 +13,7 @@ from rapidfire_policies._arguments import check_int, check_level, check_number
 from rapidfire_policies.base import Decision, History, Number, Policy, TrialHistory, TrialState, Verdict, numbers_of
 from rapidfire_policies.rungs import bounded
 from rapidfire_policies.survivors import diverged, is_finite, keep_one
+from rapidfire_policies.wording import counted
 
 _DRAWS = 256
 """Draws from the posterior of all trials for one round; the slots are rarely still free after the first few."""
@@ -122,7 +123,7 @@ class TopTwoThompson(Policy):
                 why = f"a chance of {chance:.2g} to beat trial {leader.number}"
                 more: dict[str, Number] = {"chance": chance, "least_chance": self.chance}
             elif spent >= budget:
-                why = f"{spent} of {budget} chunks are spent, trial {leader.number} leads"
+                why = f"{spent} of {counted(budget, 'chunk')} are spent, trial {leader.number} leads"
                 more = {"spent": spent, "budget": budget}
             else:
                 continue

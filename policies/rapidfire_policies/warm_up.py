@@ -9,6 +9,7 @@ from rapidfire_policies._arguments import check_inner, check_int
 from rapidfire_policies.asha import ASHA
 from rapidfire_policies.base import Decision, History, Policy, Verdict
 from rapidfire_policies.survivors import is_finite
+from rapidfire_policies.wording import counted
 
 
 @dataclass(frozen=True)
@@ -59,5 +60,5 @@ class WarmUp(Policy):
             decision = decisions.get(trial.number)
             diverged = bool(trial.values) and not is_finite(trial)
             if trial.resource < self.chunks and not (diverged and decision and decision.verdict is Verdict.STOP):
-                decisions[trial.number] = Decision(Verdict.CONTINUE, f"warms up for {self.chunks} chunks")
+                decisions[trial.number] = Decision(Verdict.CONTINUE, f"warms up for {counted(self.chunks, 'chunk')}")
         return decisions

@@ -13,6 +13,7 @@ from scipy.special import ndtr
 from rapidfire_policies._arguments import check_level
 from rapidfire_policies.base import Decision, History, Number, Policy
 from rapidfire_policies.paired import race
+from rapidfire_policies.wording import counted
 
 MOST_EXACT = 50
 
@@ -71,7 +72,7 @@ class Wilcoxon(Policy):
         def judge(differences: NDArray[np.float64]) -> Iterator[tuple[bool, str, dict[str, Number]]]:
             examples = differences.shape[1]
             for mean, p in zip(differences.mean(axis=1).tolist(), p_values(differences).tolist(), strict=True):
-                words = f"worse by {mean:.3g}, p = {p:.3g} ({examples} examples)"
+                words = f"worse by {mean:.3g}, p = {p:.3g} ({counted(examples, 'example')})"
                 yield p < self.alpha, words, {"worse_by": mean, "p": p, "alpha": self.alpha, "examples": examples}
 
         return race(history, judge)

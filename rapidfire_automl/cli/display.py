@@ -15,6 +15,7 @@ from rich.text import Text
 from rapidfire_automl.cli.view import LIVE, Row, SearchView, against, clock, number, writing
 from rapidfire_automl.drawing import amount, megabytes, short_param
 from rapidfire_automl.events import ENDED_WITH_SEARCH, Event, Listener, on_view
+from rapidfire_policies.wording import counted
 
 _VERDICT_STYLE = {"continue": "green", "pause": "yellow", "stop": "red", "complete": "bold green"}
 _STATE_STYLE = {"running": "cyan", "paused": "yellow", "complete": "bold green", "failed": "red"}
@@ -113,7 +114,9 @@ class PlainLines:
 
     def _progress(self) -> str:
         left = self._view.left_s
-        return f"  [{self._view.chunks_done} chunks{f', about {clock(left)} left' if left is not None else ''}]"
+        return (
+            f"  [{counted(self._view.chunks_done, 'chunk')}{f', about {clock(left)} left' if left is not None else ''}]"
+        )
 
 
 def _about_search(event: Event) -> Iterable[str]:
@@ -124,11 +127,16 @@ def _about_search(event: Event) -> Iterable[str]:
     elif event.kind == "plan":
         yield f"plan: {data.get('reason', '')}"
     elif event.kind == "out_of_memory":
-        yield f"out of memory: passes now have at most {data['budget_tokens']} tokens"
+        yield f"out of memory: passes now have at most {counted(data['budget_tokens'], 'token')}"
     elif event.kind == "search_resumed":
-        yield f"the search goes on: {data['ended']} trials have ended, {data['going_on']} go on"
+        yield _goes_on(data["ended"], data["going_on"])
     elif event.kind.startswith("writing_"):
         yield writing(event)
+
+
+def _goes_on(ended: int, going_on: int) -> str:
+    over = counted(ended, "trial has ended", many="trials have ended")
+    return f"the search goes on: {over}, {going_on} {'goes' if going_on == 1 else 'go'} on"
 
 
 class _Screen:
@@ -178,7 +186,7 @@ def header(view: SearchView) -> RenderableType:
     time = clock(view.elapsed_s) + (f", about {clock(left)} left" if left is not None else "")
     if view.disk_bytes:
         time += f" · {megabytes(view.disk_bytes)} of checkpoints" + (", disk full" if view.disk_is_full else "")
-    states = [f"{len(view.rows)}/{view.n_trials} trials"]
+    states = [f"{len(view.rows)}/{counted(view.n_trials, 'trial')}"]
     for states_of, name in ((("pruned",), "stopped"), (("paused",), "paused"), (("failed",), "failed")):
         if count := view.count(*states_of):  # type: ignore[arg-type]
             states.append(f"{count} {name}")
@@ -186,7 +194,7 @@ def header(view: SearchView) -> RenderableType:
         ProgressBar(total=expected, completed=min(done, expected), width=24),
         Text.assemble(
             (f"{view.chunks_done}", "bold"),
-            f" of at most {view.chunks_if_all_run} chunks · ",
+            f" of at most {counted(view.chunks_if_all_run, 'chunk')} · ",
             f"{', '.join(states)} · {time}",
         ),
     )

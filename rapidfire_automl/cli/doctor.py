@@ -16,6 +16,7 @@ from rapidfire_automl.cli.run import Debug
 from rapidfire_automl.cli.terminal import Terminal
 from rapidfire_automl.precision import bfloat16_cost
 from rapidfire_automl.versions import TESTED, installed
+from rapidfire_policies.wording import counted
 
 Grade = Literal["good", "note", "bad"]
 _MARK = {"good": ("ok", "green"), "note": ("note", "yellow"), "bad": ("bad", "bold red")}
@@ -88,7 +89,7 @@ def _versions() -> Iterator[Finding]:
 
 
 def _cores(cores: int) -> Finding:
-    return Finding("cpu", f"{cores} core{'s' if cores != 1 else ''}")
+    return Finding("cpu", counted(cores, "core"))
 
 
 def _memory() -> Finding:

@@ -14,6 +14,7 @@ from rapidfire_automl.cli.view import against, clock, number
 from rapidfire_automl.drawing import amount, megabytes, short_param
 from rapidfire_automl.events import ENDED_WITH_SEARCH
 from rapidfire_automl.search import SearchResult
+from rapidfire_policies.wording import counted
 
 _STATES = {
     "complete": "complete",
@@ -37,19 +38,27 @@ def show_result(result: SearchResult, console: Console, *, rankings: bool = True
     def line(label: str, text: str, style: str = "") -> None:
         console.print(Text.assemble((f"{label:<10}", "dim"), (text, style)), soft_wrap=True, highlight=False)
 
+    def best(label: str, words: str, value: float | None, params: Mapping[str, Any], adapter: Path | None) -> None:
+        gain = against(value, result.base_value)
+        line(label, words + (f", {gain}" if gain else ""), "bold green")
+        line("", "  ".join(f"{name}={_value(value)}" for name, value in params.items()))
+        if adapter is not None:
+            line("Adapter", _short(adapter))
+
     console.print()
-    if result.best_trial is None:
+    so_far = result.summary.get("best_so_far")
+    if result.best_trial is not None:
+        words = f"trial {result.best_trial} at {number(result.best_value)}"
+        best("Best", words, result.best_value, result.best_params, result.best_adapter)
+    elif so_far is None:
         line("Best", "none: no trial completed with a finite value", "yellow")
-    else:
-        gain = against(result.best_value, result.base_value)
-        line(
-            "Best",
-            f"trial {result.best_trial} at {number(result.best_value)}{f', {gain}' if gain else ''}",
-            "bold green",
+    if so_far is not None and so_far["trial"] != result.best_trial:
+        label, so = ("Best", " so far") if result.best_trial is None else ("So far", "")
+        words = (
+            f"trial {so_far['trial']} at {number(so_far['value'])}{so}, after chunk {so_far['chunk']} of {so_far['of']}"
         )
-        line("", "  ".join(f"{name}={_value(value)}" for name, value in result.best_params.items()))
-        if result.best_adapter is not None:
-            line("Adapter", _short(result.best_adapter))
+        adapter = Path(so_far["adapter"]) if so_far["adapter"] else None
+        best(label, words, so_far["value"], so_far["params"], adapter)
     line("Cost", cost(result))
     states = [
         "cancelled" if trial["error"] == ENDED_WITH_SEARCH else str(trial["state"])
@@ -83,7 +92,7 @@ def show_result(result: SearchResult, console: Console, *, rankings: bool = True
 
 def _equal(found: Mapping[str, Any]) -> str:
     """What is equal in the two rankings."""
-    steps = f"after {found['chunks']} chunks each"
+    steps = f"after {counted(found['chunks'], 'chunk')} each"
     if found["tokens"] is None:
         return steps
     tokens = f"{amount(found['tokens'])} generated and trained tokens, the cost of the cheapest complete trial"
@@ -136,8 +145,8 @@ def cost(result: SearchResult) -> str:
         return "0 chunks"
     share = result.chunks_used / result.chunks_if_all_ran
     return (
-        f"{result.chunks_used} chunks, {share:.0%} of the {result.chunks_if_all_ran} it takes to train every trial "
-        "to its end"
+        f"{counted(result.chunks_used, 'chunk')}, {share:.0%} of the {result.chunks_if_all_ran} it takes to train "
+        "every trial to its end"
     )
 
 

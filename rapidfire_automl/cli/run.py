@@ -11,8 +11,9 @@ from rapidfire_automl.cli.display import on_screen
 from rapidfire_automl.cli.terminal import Terminal
 from rapidfire_automl.cli.view import SearchView
 from rapidfire_automl.search import SearchResult
-from rapidfire_automl.settings import Settings, load_settings
+from rapidfire_automl.settings import Settings, check_set_once, load_settings
 from rapidfire_automl.storages import JOURNAL, url_of
+from rapidfire_policies.wording import counted
 
 Set = Annotated[
     list[str] | None,
@@ -66,6 +67,7 @@ def run(
     """
     terminal = Terminal(as_json=as_json, quiet=quiet, debug=debug)
     with terminal.session():
+        check_set_once(overrides or [])
         short = shorthands(n_trials=n_trials, slots=slots, chunks=chunks, seed=seed, out=out)
         settings = load_settings(file, [*(overrides or []), *short, *places(storage, study)])
         result = search(settings, file.parent, file.stem, terminal, check_only=check)
@@ -108,9 +110,10 @@ def search(
     wanted = settings.search
     if not terminal.quiet:
         terminal.say(
-            f"{settings.trainer.upper()} on {settings.base.model}: {program.n_trials} trials over "
-            f"{', '.join(program.space.names.values())}; {wanted.chunks} chunks each, {wanted.slots} slots; "
-            f"{len(program.train)} examples to train on, {len(program.held_out)} held out"
+            f"{settings.trainer.upper()} on {settings.base.model}: {counted(program.n_trials, 'trial')} over "
+            f"{', '.join(program.space.names.values())}; {counted(wanted.chunks, 'chunk')} each, "
+            f"{counted(wanted.slots, 'slot')}; {counted(len(program.train), 'example')} to train on, "
+            f"{len(program.held_out)} held out"
         )
     if check_only:
         terminal.say("The search can be run.")

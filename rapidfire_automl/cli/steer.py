@@ -14,7 +14,7 @@ import typer
 from rapidfire_automl.cli.terminal import FAILED, Terminal
 from rapidfire_automl.cli.why import newest_run
 from rapidfire_automl.control import ControlError, Sent
-from rapidfire_automl.settings import toml_value
+from rapidfire_automl.settings import check_set_once, toml_value
 from rapidfire_automl.steering import Search
 
 NO_ANSWER = 3
@@ -114,8 +114,10 @@ COMMANDS: tuple[Callable[..., None], ...] = (pause, resume, stop, clone, add, ex
 def _steer(
     send: Callable[[Search], Sent], run: Path | None, study: str | None, storage: str | None, wait_s: float
 ) -> None:
-    terminal = Terminal()
+    terminal = Terminal(debug=None)
     with terminal.session():
+        if storage is not None and study is None:
+            raise ControlError("`--study` must be given beside `--storage`: a storage can hold several.")
         if run is None and study is None:
             run = newest_run(Path())
             terminal.say(f"run folder: {run}")
@@ -133,6 +135,7 @@ def _steer(
 
 
 def _values(lines: list[str] | None) -> dict[str, Any]:
+    check_set_once(lines or [])
     values = {}
     for line in lines or []:
         name, equals, text = line.partition("=")

@@ -75,12 +75,12 @@ class Terminal:
     Args:
         as_json: Whether stdout is for JSON alone; everything else then goes to stderr.
         quiet: Whether to say nothing while the search runs.
-        debug: Whether errors come with their traceback and libraries may talk.
+        debug: Whether errors come with their traceback and libraries may talk; None where that can't be asked for.
 
     Once a search runs with which the same command would go on, its command sets `goes_on`.
     """
 
-    def __init__(self, *, as_json: bool = False, quiet: bool = False, debug: bool = False) -> None:
+    def __init__(self, *, as_json: bool = False, quiet: bool = False, debug: bool | None = False) -> None:
         self.as_json, self.quiet, self.debug = as_json, quiet, debug
         self.goes_on = False
         if isinstance(sys.stdout, io.TextIOWrapper):
@@ -123,7 +123,9 @@ class Terminal:
         except typer.Exit:
             raise
         except Exception as error:
-            hint = "" if self.debug else " (--debug shows where)"
+            if isinstance(error, ValueError) and str(error).startswith("`"):  # names what was given, as all of ours do
+                raise self._end(str(error), BAD_INPUT) from error
+            hint = " (--debug shows where)" if self.debug is False else ""
             raise self._end(f"{type(error).__name__}: {error}{hint}", FAILED) from error
 
     def result(self, result: SearchResult, *, show: bool = True) -> None:

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from rapidfire_automl.events import ENDED_WITH_SEARCH, Event
+from rapidfire_policies.wording import counted
 
 State = Literal["running", "paused", "complete", "pruned", "cancelled", "failed"]
 LIVE: tuple[State, ...] = ("running", "paused")
@@ -101,7 +102,9 @@ class SearchView:
         elif event.kind in ("writing_failed", "writing_lost"):
             self.warnings.append(writing(event))
         elif event.kind == "out_of_memory":
-            self.warnings.append(f"Out of memory; passes now have at most {event.data['budget_tokens']} tokens.")
+            self.warnings.append(
+                f"Out of memory; passes now have at most {counted(event.data['budget_tokens'], 'token')}."
+            )
 
     def _about_trial(self, row: Row, event: Event) -> None:
         data = event.data

@@ -12,6 +12,7 @@ from rapidfire_automl.cli.terminal import Terminal
 from rapidfire_automl.event_log import FILE, WORKERS, Log, read_events
 from rapidfire_automl.settings import SettingsError
 from rapidfire_automl.stories import explain
+from rapidfire_policies.wording import counted
 
 Run = Annotated[
     Path | None,
@@ -72,5 +73,5 @@ def notes(log: Log) -> list[str]:
     said = ["the last line is cut off, as a kill leaves it; it was left out"] if log.torn else []
     if log.damaged:
         shown = ", ".join(map(str, log.damaged[:10])) + (", ..." if len(log.damaged) > 10 else "")
-        said.append(f"{len(log.damaged)} damaged lines were left out: {shown}")
+        said.append(f"{counted(len(log.damaged), 'damaged line was', many='damaged lines were')} left out: {shown}")
     return [f"{FILE}: {note}" for note in said]

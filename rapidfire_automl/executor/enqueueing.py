@@ -15,6 +15,8 @@ from rapidfire_automl import attempts
 from rapidfire_automl.attempts import COMMAND_ATTR
 from rapidfire_automl.control import ControlError
 from rapidfire_automl.hints import nearest
+from rapidfire_automl.limits import Limit, limit_of
+from rapidfire_automl.tables import looks_numeric
 
 CLONE_ATTR = "rapidfire:clone_of"
 WARM_ATTR, ADD_ATTR = "rapidfire:warm_start", "rapidfire:added"
@@ -65,13 +67,16 @@ def fit(
                 near = nearest(given, known)
                 hint = f" Did you mean `{near}`?" if near else ""
                 raise ControlError(f"`{given}` is no parameter of {who}; it has {', '.join(known)}.{hint}")
+            _check_possible(name, value, limit_of(name))
             fitted[name] = value
             continue
+        if name in fitted:
+            raise ControlError(f"`{name}` is given twice, as {fitted[name]} and as {value}. Leave one out.")
         before = None if source is None else source.get(name)
         if isinstance(value, str) and _is_number(before):
             value = before * factor if (factor := _factor(value)) else value
         fitted[name] = _value(name, value, known[name])
-        if not known[name]._contains(known[name].to_internal_repr(fitted[name])):
+        if not _is_within(known[name], fitted[name]):
             low, high = getattr(known[name], "low", None), getattr(known[name], "high", None)
             notes.append(f"`{name}` = {fitted[name]} is outside the search space ({low} to {high})")
     return fitted, notes
@@ -84,14 +89,30 @@ def _value(name: str, value: Any, distribution: BaseDistribution) -> Any:
             if (choice == value and type(choice) is type(value)) or str(choice) == spelt:
                 return choice
         raise ControlError(f"`{name}` must be one of {', '.join(map(str, distribution.choices))}, got {value!r}.")
-    if not _is_number(value):
-        quotes = " Write it without quotes." if isinstance(value, str) else ""
-        raise ControlError(f"`{name}` must be a number, got {value!r}.{quotes}")
-    if isinstance(distribution, IntDistribution):
-        if value != int(value):
-            raise ControlError(f"`{name}` must be a whole number, got {value}.")
-        return int(value)
-    return float(value)
+    limit, whole = limit_of(name), isinstance(distribution, IntDistribution)
+    if getattr(distribution, "log", False) and (limit is None or limit.least <= 0):  # Optuna itself can't take another
+        limit = Limit(0, None if limit is None else limit.most, whole=whole, above=True)
+    space = f" (the search space: {getattr(distribution, 'low', None)} to {getattr(distribution, 'high', None)})"
+    if not _is_number(value) or not math.isfinite(value) or (whole and value != int(value)):
+        wanted = str(limit or ("a whole number" if whole else "a number"))
+        quotes = " Write it without quotes." if isinstance(value, str) and looks_numeric(value) else ""
+        raise ControlError(f"`{name}` must be {wanted}{space}, got {value!r}.{quotes}")
+    if not _is_within(distribution, value):
+        _check_possible(name, value, limit, space)
+    return int(value) if whole else float(value)
+
+
+def _check_possible(name: str, value: Any, limit: Limit | None, space: str = "") -> None:
+    """Refuse a number with which no trial can be trained."""
+    if limit is not None and _is_number(value) and not limit.takes(value):
+        raise ControlError(f"`{name}` must be {limit}{space}, got {value!r}.")
+
+
+def _is_within(distribution: BaseDistribution, value: Any) -> bool:
+    try:
+        return bool(distribution._contains(distribution.to_internal_repr(value)))
+    except ValueError:  # not positive, where its logarithm is drawn
+        return False
 
 
 def _factor(text: str) -> float | None:

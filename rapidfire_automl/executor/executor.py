@@ -591,7 +591,8 @@ class RapidFireExecutor(Controls):
     def _raise_if_all_failed(self, ran: Sequence[int]) -> None:
         failed = [number for number in ran if self._records[number].state is TrialState.FAILED]
         if ran and len(failed) == len(ran) and not self._stopping:
-            raise RuntimeError(f"All {len(ran)} trials failed. Trial {failed[0]}: {self._records[failed[0]].error}")
+            all_of = "The only trial" if len(ran) == 1 else f"All {len(ran)} trials"
+            raise RuntimeError(f"{all_of} failed. Trial {failed[0]}: {self._records[failed[0]].error}")
 
     def _facts(self, study: optuna.Study) -> dict[str, Any]:
         """What is searched, to tell this search from another one."""

@@ -13,6 +13,7 @@ from rapidfire_automl.executor import seams
 from rapidfire_automl.executor.arm import Arm
 from rapidfire_automl.executor.keeping import Keeping
 from rapidfire_automl.executor.standing import Refused
+from rapidfire_policies.wording import counted
 
 
 def extend(arm: Arm, command: Command, keeping: Keeping) -> str:
@@ -37,7 +38,7 @@ def extend(arm: Arm, command: Command, keeping: Keeping) -> str:
         raise Refused(f"trial {arm.number} can't train longer: {why}")
     longer = [*ends, *(ends[-1] + length * k for k in range(1, more + 1))]
     text = (
-        f"{len(longer)} chunks, {before + length * more} steps instead of {before}; "
+        f"{counted(len(longer), 'chunk')}, {counted(before + length * more, 'step')} instead of {before}; "
         "its learning rate follows a schedule of that length"
     )
     keeping.extended(arm.number, step, longer, command, text)
@@ -78,7 +79,7 @@ def _again(arm: Arm, longer: Sequence[int]) -> None:
     if list(longer[: len(ends)]) != ends:
         raise ValueError(f"its chunks ended at steps {list(longer)}, now they would at {ends}")
     if why := seams.why_no_longer(arm.trainer, longer[-1] - ends[-1]):
-        raise ValueError(f"it was extended to {longer[-1]} steps, which can't be done again: {why}")
+        raise ValueError(f"it was extended to {counted(longer[-1], 'step')}, which can't be done again: {why}")
     _lengthen(arm, longer)
 
 

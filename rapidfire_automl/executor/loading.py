@@ -23,10 +23,15 @@ def load_base(model: ModelLike, dtype: str | torch.dtype, device: str | torch.de
         The frozen base, in training mode as TRL would have it.
 
     Raises:
-        ValueError: The model can't be loaded.
+        ValueError: The model can't be loaded, or there is no such device.
     """
     if not isinstance(model, PreTrainedModel):
         place = device or ("cuda" if torch.cuda.is_available() else "cpu")
+        try:
+            torch.empty(0, device=place)
+        except (RuntimeError, AssertionError) as error:  # AssertionError: torch is built without it
+            first = str(error).strip().splitlines()[0]
+            raise ValueError(f"`device` must be one that is here, got {str(place)!r}: {first}") from error
         try:
             loaded = AutoModelForCausalLM.from_pretrained(os.fspath(model), dtype=dtype)
         except (OSError, ValueError) as error:

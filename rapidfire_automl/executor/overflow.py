@@ -13,6 +13,7 @@ import torch
 
 from rapidfire_automl.executor.requests import Generate
 from rapidfire_automl.executor.seams import is_out_of_memory
+from rapidfire_policies.wording import counted
 
 
 def next_size(trials: int, error: Exception) -> int:
@@ -37,7 +38,7 @@ def told_alone(error: Exception, request: Any) -> Exception:
     else:
         what, fix = "pass", "`per_device_train_batch_size` (with more `gradient_accumulation_steps`) or `max_length`"
     ids = getattr(request, "input_ids", None)
-    size = "" if ids is None else f" of {ids.shape[0]} rows of {ids.shape[1]} tokens"
+    size = "" if ids is None else f" of {counted(ids.shape[0], 'row')} of {counted(ids.shape[1], 'token')}"
     first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
     return torch.OutOfMemoryError(
         f"A {what}{size} does not fit into memory, even with no other trial in it. Take smaller {fix}. ({first})"

@@ -29,6 +29,7 @@ from rapidfire_automl.executor.warmstart import WarmStart
 from rapidfire_automl.patience import StorageAway
 from rapidfire_automl.precision import why_slow
 from rapidfire_policies.base import Decision, TrialState, Verdict
+from rapidfire_policies.wording import counted
 
 logger = logging.getLogger("rapidfire_automl")
 
@@ -205,8 +206,8 @@ class Runner:
                 return Outcome("pruned", record.last_vector, reason)
             if verdict != Verdict.COMPLETE:
                 raise RuntimeError(
-                    f"the trainer ended itself after {len(record.values)} of {len(record.boundaries)} chunks "
-                    "(early stopping of its own?); let the policy stop trials instead"
+                    f"the trainer ended itself after {len(record.values)} of {counted(len(record.boundaries), 'chunk')}"
+                    " (early stopping of its own?); let the policy stop trials instead"
                 )
         vector = record.last_vector
         if not np.isfinite(vector).all():

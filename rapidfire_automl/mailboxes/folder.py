@@ -57,7 +57,7 @@ class FolderMailbox:
         """Put a command there for the search that runs, or for the next one if none ever did.
 
         Raises:
-            ControlError: The search has ended or was killed.
+            ControlError: The search has ended or was killed, or the folder can't be written to.
         """
         listens = self.listener()
         if listens is not None:
@@ -69,8 +69,11 @@ class FolderMailbox:
                 )
             command = replace(command, attempt=listens.get("attempt"))
         text = command.to_json()
-        self._make()
-        write_once(self._folder / f"{command.id}.json", text)
+        try:
+            self._make()
+            write_once(self._folder / f"{command.id}.json", text)
+        except OSError as error:
+            raise ControlError(f"No command can be written to {self.run_dir}: {error.strerror}.") from None
         return Sent(command, lambda timeout_s: self._look(command.id, timeout_s))
 
     def _make(self) -> None:

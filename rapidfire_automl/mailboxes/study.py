@@ -9,6 +9,8 @@ from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any
 
 from rapidfire_automl.control import Command, ControlError, Effect, Sent
+from rapidfire_automl.errors_of_storages import reason_of
+from rapidfire_automl.patience import StorageAway
 from rapidfire_automl.workers import CANCELLED_ATTR
 
 if TYPE_CHECKING:
@@ -51,15 +53,22 @@ class StudyMailbox:
         """Put a command there.
 
         Raises:
-            ControlError: The search has ended.
+            ControlError: The search has ended, or the study can't be written to.
         """
         told = self._study.user_attrs.get(ATTEMPT_ATTR)
         if isinstance(told, Mapping):
             if told.get("ended"):
                 raise ControlError(f"The search of study {self._study.study_name} runs no more: {told['ended']}.")
             command = replace(command, attempt=told.get("attempt"))
+        text = command.to_json()
         if COMMAND_ATTR + command.id not in self._study.user_attrs:
-            self._study.set_user_attr(COMMAND_ATTR + command.id, command.to_json())
+            try:
+                self._study.set_user_attr(COMMAND_ATTR + command.id, text)
+            except StorageAway:
+                raise
+            except Exception as error:  # every storage has its own kinds of errors
+                where = f"study {self._study.study_name}"
+                raise ControlError(f"No command can be written to {where}: {reason_of(error)}.") from None
         return Sent(command, lambda timeout_s: self._look(command.id, timeout_s))
 
     def _look(self, name: str, timeout_s: float) -> Effect | None:

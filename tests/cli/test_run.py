@@ -101,9 +101,17 @@ def test_json_is_all_there_is_on_stdout(folder: Path, monkeypatch: pytest.Monkey
     ("words", "expected"),
     [
         (["-s", "search.slotz=3"], "did you mean `search.slots`?"),
+        (
+            ["-s", "search.slots=2", "-s", "search.slots = 3"],
+            "`search.slots` is set twice, to 2 and to 3. Leave one out.",
+        ),
         (["--slots", "0"], "`search.slots` must be >= 1, got 0."),
         (["-s", "args.learning_rat=1e-4"], "did you mean `args.learning_rate`?"),
         (["-s", "args.warmup_steps='many'"], "`args.warmup_steps` must be a number"),
+        (["-s", "space.r=[0, 4]"], "`space.r` must be a whole number >= 1, got 0."),
+        (["-s", "space.learning_rate={low=-1.0, high=1.0}"], "`space.learning_rate` must be a number >= 0, got -1.0."),
+        (["-s", "args.weight_decay=-0.1"], "`args.weight_decay` must be a number >= 0, got -0.1."),
+        (["-s", "lora.lora_dropout=2"], "`lora.lora_dropout` must be a number >= 0 and <= 1, got 2."),
         (["-s", "data.train=none.jsonl"], "there is no file none.jsonl"),
         (["-s", "data.train=empty.jsonl"], "`data.train` is empty"),
         (["-s", "search.chunks=65"], "has 64 examples, fewer than `search.chunks` = 65"),
@@ -133,6 +141,37 @@ def test_bad_input_is_one_line_and_exit_code_2(
     assert not (folder / "runs").exists()
 
 
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["-o", "search.toml"], "`output.dir`: search.toml cannot be made: File exists."),
+        (["-o", "search.toml/out"], "`output.dir`: search.toml/out cannot be made: Not a directory."),
+        (["-s", "base=hollow"], "`model` must be a hub id, a path or a model; 'hollow': Error no file named"),
+        (["-s", "base.device=nowhere", "-s", "args.bf16=false"], "`device` must be a device such as 'cpu'"),
+        (["-s", "base.device=cuda:77", "-s", "args.bf16=false"], "`device` must be one that is here, got 'cuda:77': "),
+    ],
+)
+def test_a_mistake_that_is_found_late_is_plain_too(folder: Path, words: list[str], expected: str) -> None:
+    (folder / "hollow").mkdir()
+    (folder / "hollow" / "config.json").write_text('{"model_type": "llama"}')
+    result = call("run", "search.toml", "-q", *words)
+    assert result.exit_code == 2, result.output
+    (line,) = result.stderr.splitlines()
+    assert line.startswith(f"error: {expected}")
+    assert "--debug" not in line
+
+
+def test_what_is_no_mistake_of_the_user_says_where_to_look(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def leave(*_: Any, **__: Any) -> None:
+        raise ValueError("math domain error")
+
+    use(monkeypatch)
+    monkeypatch.setattr(FakeExecutor, "__enter__", leave)
+    result = call("run", "search.toml", "-q")
+    assert result.exit_code == 1
+    assert result.stderr == "error: ValueError: math domain error (--debug shows where)\n"
+
+
 def test_check_stops_before_the_model(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(program, "build_executor", lambda prepared: pytest.fail("a model was about to be loaded"))
     result = call("run", "search.toml", "--check")
@@ -149,6 +188,42 @@ def test_all_failed(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert "RuntimeError: boom" in result.stderr
     assert "Traceback" not in result.output
     assert "Traceback" in call("run", "search.toml", "-q", "--debug").stderr
+
+
+def best_of(output: str) -> list[str]:
+    """The lines about the best trial."""
+    lines = output.split("\n\n")[-1].splitlines()
+    return lines[: next(place for place, line in enumerate(lines) if line.startswith("Cost"))]
+
+
+@pytest.mark.parametrize("chunks", [2, 7, 8])
+def test_cancelled_it_shows_the_best_so_far(folder: Path, monkeypatch: pytest.MonkeyPatch, chunks: int) -> None:
+    """Two slots: after seven chunks nobody is complete, after eight both are, and two more have begun after that."""
+    curves = {0: [2.0] * 8, 1: [1.5] * 8, 2: [0.5] * 8, 3: [0.7] * 8}
+    use(monkeypatch, values=curves, cancel_after=2 * chunks if chunks < 8 else 18, prune=False)
+    result = call("run", "search.toml", "--slots", "2")
+    assert result.exit_code == 0, result.output
+    lines = best_of(result.stdout)
+    if chunks < 8:
+        assert lines[0] == f"Best      trial 1 at 1.5 so far, after chunk {chunks} of 8, 35% below base 2.31"
+        assert lines[1].strip().startswith("learning_rate=") and "r=" in lines[1]
+        assert lines[2] == "Adapter   trials/1/adapter"
+    else:
+        assert lines[0].startswith("Best      trial 1 at 1.5, 35% below")
+        assert lines[3] == "So far    trial 2 at 0.5, after chunk 1 of 8, 78% below base 2.31"
+        assert lines[4].strip().startswith("learning_rate=")
+        assert lines[5] == "Adapter   trials/2/adapter"
+
+
+def test_a_study_without_a_name_has_one(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    use(monkeypatch)
+    where = ("--storage", "sqlite:///study.db", "--n-trials", "2", "-q")
+    assert call("run", "search.toml", *where).exit_code == 0
+    again = call("run", "search.toml", *where)
+    assert again.exit_code == 2
+    assert again.stderr == (
+        "error: `search.study`: sqlite:///study.db already has a study search; take another name, like `--study NAME`.\n"
+    )
 
 
 def test_ctrl_c(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -118,6 +118,23 @@ def test_plain_lines() -> None:
     assert len(lines) == 6
 
 
+@pytest.mark.parametrize(
+    ("ended", "going_on", "says"),
+    [(1, 1, "1 trial has ended, 1 goes on"), (0, 2, "0 trials have ended, 2 go on"), (3, 1, "3 trials have ended, 1 ")],
+)
+def test_one_is_not_several(ended: int, going_on: int, says: str) -> None:
+    view, console = SearchView(1, 1), Console(file=io.StringIO(), width=200)
+    plain = PlainLines(view, console)
+    plain(Event("search_resumed", 1.0, data={"ended": ended, "going_on": going_on}))
+    plain(Event("chunk_done", 1.0, 0, 1, {"value": 1.0}))
+    view(Event("chunk_done", 1.0, 0, 1, {"value": 1.0}))
+    plain(Event("verdict", 1.0, 0, 1, {"verdict": "complete"}))
+    said = console.file.getvalue()  # type: ignore[attr-defined]
+    assert f"the search goes on: {says}" in said
+    assert "complete  [1 chunk" in said
+    assert "1 of at most 1 chunk · 1/1 trial · " in text(header(view))
+
+
 def test_quiet_shows_nothing() -> None:
     console = Console(file=io.StringIO())
     view = SearchView(1, 1)

@@ -398,9 +398,10 @@ def test_an_added_configuration_is_checked_is_one_trial_more_and_goes_before_the
     done, at = steer(lambda at: at.when("step", 0, all_of, step=3), LRS[:2], slots=1)
     assert [state for _, state in effects(at)] == ["refused"] * 5 + ["applied"] * 2
     assert texts(at)[0] == "`lrr` is no parameter of the search; it has lr. Did you mean `lr`?"
-    assert texts(at)[1] == "`lr` must be a number, got '1e-3'. Write it without quotes."
+    wanted = "`lr` must be a number > 0 (the search space: 1e-05 to 1.0)"
+    assert texts(at)[1] == f"{wanted}, got '1e-3'. Write it without quotes."
     assert texts(at)[3] == "`rank` is no parameter of trial 0; it has lr."
-    assert texts(at)[4] == "`lr` must be a number, got '/0'. Write it without quotes."
+    assert texts(at)[4] == f"{wanted}, got '/0'."
     assert "trial 2 is next in line for a slot; `lr` = 5.0 is outside the search space (1e-05 to 1.0)" in texts(at)[5]
     assert [trial.params["lr"] for trial in done.study.trials] == [*LRS[:2], 5.0, LRS[0] / 2]
     assert [event.trial for event in done.of_kind("trial_started")] == [0, 2, 3, 1]

@@ -121,8 +121,12 @@ def test_killed_at_any_moment(whole: Whole, tmp_path: Path, seed: int) -> None:
             if not process.ends_within(moment):
                 process.send(signal.SIGKILL)
         else:
-            how = f"{draw.choice(PLACES)}=kill@{draw.randint(1, 12)}"
-            process = start(tmp_path, policy=policy, failpoints=how)
+            place = draw.choice(PLACES)
+            how = f"{place}=kill@{draw.randint(1, 12)}"
+            amid: dict[str, Any] = {}
+            if place == "checkpoint.replacing":  # which only a trial comes to that is put on disk amid a chunk
+                how, amid = f"{place}=kill@{draw.randint(1, 2)}", {"term_at": draw.randint(9, 12)}
+            process = start(tmp_path, policy=policy, failpoints=how, **amid)
         print(f"seed {seed}: {policy}, {how}: ended with {process.wait()}")
         if process.code == 0:
             break

@@ -100,7 +100,7 @@ def test_patience_waives_only_stops_and_only_while_the_trial_improves() -> None:
     assert said(rule, best, TrialHistory(1, (0.9, 0.8, 0.7, 0.6)))[1] == "continue"
     assert said(rule, best, TrialHistory(1, (0.5, 0.8, 0.8, 0.6)))[1] == "stop"
     waived = rule.decide(History((best, TrialHistory(1, (0.9, 0.8, 0.7, 0.6))), chunks=12))[1]
-    assert waived.reason == "chunk 4: 0.6, median of 1 peers 0.1; still improving in the last 2 chunks"
+    assert waived.reason == "chunk 4: 0.6, median of 1 peer 0.1; still improving in the last 2 chunks"
     waiting = (TrialHistory(0, (0.1,)), TrialHistory(1, (0.2,)))
     assert set(said(Patience(SuccessiveHalving()), *waiting).values()) == {"pause"}
 
