@@ -38,11 +38,11 @@ logger = logging.getLogger("rapidfire_automl")
 
 @dataclass(slots=True)
 class _Known:
-    """A command that has come: from where, what it came to, and whether it is left to other workers until then."""
+    """A command that has come: from where, what it came to, and whether it is to be done when it is taken next."""
 
     boxes: list[Mailbox] = field(default_factory=list)
     effect: Effect | None = None
-    is_left: bool = False
+    is_due: bool = True
 
 
 class Commands:
@@ -200,15 +200,15 @@ class Commands:
         self._memory.wait(0.1)
 
     def _receive(self, box: Mailbox, command: Command) -> None:
-        known = self._known.setdefault(command.id, _Known(is_left=True))
+        known = self._known.setdefault(command.id, _Known())
         if known.effect is not None:  # it has come by another way, too: one effect, and each way has its answer
             box.answer(command, known.effect)
             return
         if box not in known.boxes:
             known.boxes.append(box)
-        if not known.is_left:
+        if not known.is_due:
             return
-        known.is_left = False
+        known.is_due = False
         if command.id in self._before:
             self._answer(command, "applied", f"{self._before[command.id]} (before the search was resumed)")
             return
@@ -265,7 +265,7 @@ class Commands:
         except Exception as error:
             self._answer(command, "refused", f"it can't be left to trial {command.trial}'s worker: {error}")
             return
-        known.is_left = True
+        known.is_due = True
         if self._shared not in known.boxes:
             known.boxes.append(self._shared)
 
