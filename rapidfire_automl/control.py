@@ -27,7 +27,12 @@ Each race has one answer:
 | checkpoint while a trial is paused | it stays on disk as of its last chunk, or where it was last put there |
 | a trial that rolls out (GRPO, RLOO) | a stop takes it out after the next token, a pause waits for the rollout's end |
 | a command that arrives after the end | refused: the search has ended |
+| extend or a warm clone of a trial that goes on, before this process has loaded it | waits until it has |
 | a command for a trial that trains in another process | left alone for that process |
+| the same from that search's own process | a worker's goes through the study to whoever has it; else refused |
+| a command for a silent worker's trial | done by who takes the trial over |
+| a worker that had fallen silent comes back | what it had begun to do is void; what others have answered stays |
+| a worker leaves, others go on | what waits is left to them |
 
 Who may steer is who may write where commands are read (`mailboxes`): there is no other lock, and no other need of one,
 since a command is data. It can't name code: a policy from outside is one of `rapidfire_policies`, or of a class the

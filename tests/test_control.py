@@ -382,6 +382,78 @@ def test_attributes_that_are_no_commands_are_ignored(tmp_path: Path) -> None:
     assert study.user_attrs[ATTEMPT_ATTR] == {"attempt": 1, "ended": None}
 
 
+def crew_of(tmp_path: Path) -> tuple[StudyMailbox, StudyMailbox]:
+    """Two workers' ends of one study."""
+    storage = f"sqlite:///{tmp_path / 'study.db'}"
+    study_boxes(tmp_path)
+    study = optuna.load_study(study_name="s", storage=storage)
+    study.add_trial(optuna.create_trial(state=optuna.trial.TrialState.RUNNING))
+    boxes = [
+        StudyMailbox(optuna.load_study(study_name="s", storage=storage), every_s=0.0, shared=True) for _ in range(2)
+    ]
+    for box in boxes:
+        box.open()
+    return boxes[0], boxes[1]
+
+
+def test_a_command_that_is_left_to_others_is_taken_again_until_one_has_answered(tmp_path: Path) -> None:
+    sender, _ = study_boxes(tmp_path)
+    mine, others = crew_of(tmp_path)
+    sent = sender.send(Command("pause", 3))
+    heard: list[Effect] = []
+    for _ in range(3):
+        (command,) = mine.take()
+        mine.leave(command, lambda _, effect: heard.append(effect))
+    assert others.take() == mine.take() == [sent.command]
+    mine.leave(sent.command, lambda _, effect: heard.append(effect))
+    others.answer(sent.command, Effect("applied", "paused"))
+    assert mine.take() == [] == mine.take()
+    assert [effect.text for effect in heard] == ["paused"]
+
+
+def test_a_command_from_elsewhere_that_is_left_to_others_reaches_them(tmp_path: Path) -> None:
+    mine, others = crew_of(tmp_path)
+    heard: list[Effect] = []
+    command = Command("pause", 3)
+    mine.leave(command, lambda _, effect: heard.append(effect))
+    (taken,) = others.take()
+    assert (taken.id, taken.verb, taken.trial) == (command.id, "pause", 3)
+    assert mine.take() == [taken], "whoever takes the trial over does it"
+    mine.answer(taken, Effect("applied", "paused"))
+    assert [effect.text for effect in heard] == ["paused"]
+    late = Command("pause", 4)
+    mine.leave(late, lambda _, effect: heard.append(effect))
+    others.answer(late, Effect("refused", "no"))
+    mine.close("the worker leaves")
+    assert [effect.text for effect in heard] == ["paused", "no"], "it has a last look"
+
+
+def test_of_several_workers_answers_the_first_stays(tmp_path: Path) -> None:
+    sender, _ = study_boxes(tmp_path)
+    mine, others = crew_of(tmp_path)
+    sent = sender.send(Command("pause", 3))
+    for box, text in ((others, "first"), (mine, "second")):
+        box.answer(sent.command, Effect("applied", text))
+    assert sent.effect is not None and sent.effect.text == "first"
+
+
+def test_what_is_left_to_others_costs_no_more_looks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [0.0]
+    study = optuna.create_study(study_name="s", storage=f"sqlite:///{tmp_path / 'study.db'}")
+    box = StudyMailbox(study, every_s=1.0, clock=lambda: now[0], shared=True)
+    box.open()
+    for trial in range(5):
+        box.send(Command("pause", trial))
+    looks = []
+    own = type(study._storage).get_study_user_attrs
+    monkeypatch.setattr(type(study._storage), "get_study_user_attrs", lambda *a: looks.append(now[0]) or own(*a))
+    for tick in range(4000):
+        now[0] = tick / 1000
+        for command in box.take():
+            box.leave(command, lambda _, effect: None)
+    assert len(looks) == 4
+
+
 def test_memory_refuses_what_waits_at_the_end() -> None:
     box = MemoryMailbox()
     with pytest.raises(ControlError, match="no search runs"):

@@ -42,6 +42,7 @@ class Arm:
         restored: What it goes on from, where an earlier process has begun it.
         extensions: Steps at which it is to be extended as it was before, and where its chunks end then.
         attempt: Which attempt at the trial this is, from 1.
+        begun: Whether it trains in this process: its trainer stands where it goes on from.
         lost: Whether other workers have taken it over: nothing it says counts any more.
         logged: Entries of its trainer's log that belong to earlier chunks.
         save_due: Whether its state is wanted on the disk at the end of its step.
@@ -72,6 +73,7 @@ class Arm:
     restored: Any = None
     extensions: list[tuple[int, list[int]]] = field(default_factory=list)
     attempt: int = 1
+    begun: bool = False
     lost: bool = False
     asked: int = 0
     span_start_s: float = 0.0

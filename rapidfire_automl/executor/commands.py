@@ -9,13 +9,13 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import optuna
 from optuna.storages import InMemoryStorage
 
-from rapidfire_automl.control import Command, ControlError, Effect, Sent
+from rapidfire_automl.control import OWN_SOURCE, Command, ControlError, Effect, Sent
 from rapidfire_automl.events import warn
 from rapidfire_automl.executor import extending, warmstart
 from rapidfire_automl.executor.arm import Arm
@@ -23,10 +23,11 @@ from rapidfire_automl.executor.keeping import Keeping
 from rapidfire_automl.executor.newcomers import Newcomers
 from rapidfire_automl.executor.rulings import Rulings
 from rapidfire_automl.executor.sources import Arrivals, Asking, Claims
-from rapidfire_automl.executor.standing import Elsewhere, Refused, Standing
+from rapidfire_automl.executor.standing import Elsewhere, NotYet, Refused, Standing
 from rapidfire_automl.mailboxes import Mailbox, MemoryMailbox, StudyMailbox
 from rapidfire_automl.pruners import PolicyPruner, name_of_policy, policy_from_name, policy_from_outside
 from rapidfire_automl.records import TrialRecord
+from rapidfire_automl.steering import sender
 from rapidfire_policies.base import Policy
 
 if TYPE_CHECKING:
@@ -37,10 +38,11 @@ logger = logging.getLogger("rapidfire_automl")
 
 @dataclass(slots=True)
 class _Known:
-    """A command that has come: from where, and what it came to."""
+    """A command that has come: from where, what it came to, and whether it is to be done when it is taken next."""
 
     boxes: list[Mailbox] = field(default_factory=list)
     effect: Effect | None = None
+    is_due: bool = True
 
 
 class Commands:
@@ -66,6 +68,8 @@ class Commands:
         self._memory = MemoryMailbox()
         self._more: list[Mailbox] = []
         self._boxes: tuple[Mailbox, ...] = ()
+        self._shared: StudyMailbox | None = None
+        self._early: list[Command] = []
         self._known: dict[str, _Known] = {}
         self._before: Mapping[str, str] = {}
         self._allowed: frozenset[type] = frozenset()
@@ -73,7 +77,7 @@ class Commands:
         self._said_all_paused = False
         self._keeping = Keeping(None)
         self._standing = Standing(records)
-        self._rulings = Rulings(self._standing, self._answer, tell)
+        self._rulings = Rulings(self._standing, self._answer, self._leave, tell)
         self._newcomers = Newcomers(self._standing)
 
     # -- from any thread ---------------------------------------------------------------------------------------------
@@ -122,8 +126,11 @@ class Commands:
             box.close("another study is searched now")
         boxes: list[Mailbox] = [self._memory, *self._more]
         self._more = []
-        if not isinstance(getattr(study, "_storage", None), InMemoryStorage):
-            boxes.append(StudyMailbox(study, shared=isinstance(source, Claims)))
+        self._shared = StudyMailbox(study, shared=True) if isinstance(source, Claims) else None
+        if self._shared is not None:
+            boxes.append(self._shared)
+        elif not isinstance(getattr(study, "_storage", None), InMemoryStorage):
+            boxes.append(StudyMailbox(study))
         for box in boxes:
             try:
                 box.open()
@@ -131,9 +138,15 @@ class Commands:
                 logger.warning("The search can't be steered from outside: %s", error)
         self._boxes = tuple(boxes)
 
-    def end(self, reason: str) -> None:
-        """The search is over: whatever waits is refused."""
-        self._rulings.end(reason)
+    def end(self, reason: str, *, cancelled: bool = False) -> None:
+        """The search is over, or others go on with it: whatever waits is refused, or left to them."""
+        waiting = [*self._rulings.end(), *self._early]
+        self._early = []
+        for command in waiting:
+            if self._shared is not None and not cancelled:
+                self._leave(command)
+            else:
+                self._answer(command, "refused", reason)
         for box in self._boxes:
             box.close(reason)
         self._boxes = ()
@@ -163,8 +176,13 @@ class Commands:
         Returns:
             Those among them that are stopped there, answered.
         """
+        early, self._early = self._early, []
+        for command in early:
+            self._apply(command)
         for box in self._boxes:
-            for command in box.take():
+            if taken := box.take():
+                self._standing.look_again()
+            for command in taken:
                 self._receive(box, command)
         return self._rulings.leaving(rolling) if self._standing.wishes and rolling else []
 
@@ -182,14 +200,15 @@ class Commands:
         self._memory.wait(0.1)
 
     def _receive(self, box: Mailbox, command: Command) -> None:
-        known = self._known.get(command.id)
-        if known is not None:  # it has come by another way, too: one effect, and each way has its answer
-            if known.effect is None:
-                known.boxes.append(box)
-            else:
-                box.answer(command, known.effect)
+        known = self._known.setdefault(command.id, _Known())
+        if known.effect is not None:  # it has come by another way, too: one effect, and each way has its answer
+            box.answer(command, known.effect)
             return
-        self._known[command.id] = _Known([box])
+        if box not in known.boxes:
+            known.boxes.append(box)
+        if not known.is_due:
+            return
+        known.is_due = False
         if command.id in self._before:
             self._answer(command, "applied", f"{self._before[command.id]} (before the search was resumed)")
             return
@@ -198,6 +217,9 @@ class Commands:
             text = f"stale: it was sent to attempt {sent} of this search, this is attempt {now}; send it again"
             self._answer(command, "refused", text)
             return
+        self._apply(command)
+
+    def _apply(self, command: Command) -> None:
         verbs: dict[str, Callable[[Command], str]] = {
             "pause": self._rulings.pause,
             "resume": self._rulings.resume,
@@ -210,9 +232,14 @@ class Commands:
             "cancel": self._end_search,
         }
         try:
-            text = verbs[command.verb](command)
+            if (before := self._standing.applied_elsewhere(command)) is not None:
+                text = f"{before} (by another worker)"
+            else:
+                text = verbs[command.verb](command)
         except Elsewhere:
-            return
+            self._leave(command)
+        except NotYet:
+            self._early.append(command)
         except (Refused, ControlError) as refused:
             self._answer(command, "refused", str(refused))
         except Exception as error:  # a command must not end the search
@@ -222,6 +249,33 @@ class Commands:
             if text:
                 self._answer(command, "applied", text)
             self._said_all_paused = self._said_all_paused and command.verb != "resume"
+
+    def _leave(self, command: Command) -> None:
+        """Leave it to the worker that has its trial, or takes it over; all workers take commands from the study."""
+        known = self._known[command.id]
+        if self._shared is None:
+            if not any(box.foreign for box in known.boxes):
+                name = "" if self._study is None else self._study.study_name
+                reach = f"Search(study={name!r}, storage=...) reaches it"
+                self._answer(command, "refused", f"trial {command.trial} trains in another process: {reach}")
+            return
+        own = command.source == OWN_SOURCE
+        try:
+            self._shared.leave(replace(command, source=sender(OWN_SOURCE)) if own else command, self._heard)
+        except Exception as error:
+            self._answer(command, "refused", f"it can't be left to trial {command.trial}'s worker: {error}")
+            return
+        known.is_due = True
+        if self._shared not in known.boxes:
+            known.boxes.append(self._shared)
+
+    def _heard(self, command: Command, effect: Effect) -> None:
+        """What another worker has answered, whichever way the command came."""
+        known = self._known[command.id]
+        known.effect = effect
+        for box in known.boxes:
+            if box is not self._shared:
+                box.answer(command, effect)
 
     def _answer(self, command: Command, state: Any, text: str) -> None:
         known = self._known[command.id]

@@ -513,7 +513,8 @@ class RapidFireExecutor(Controls):
                 conductor.dismiss(retire)
             finally:
                 home.enter()
-                self._commands.end("the search was cancelled" if self._stopping else "the search has ended")
+                reason = "the search was cancelled" if self._stopping else "the search has ended"
+                self._commands.end(reason, cancelled=self._stopping)
                 self._finished.set()
 
         self._finished.clear()

@@ -12,7 +12,7 @@ from rapidfire_automl.control import Command
 from rapidfire_automl.executor import seams
 from rapidfire_automl.executor.arm import Arm
 from rapidfire_automl.executor.keeping import Keeping
-from rapidfire_automl.executor.standing import Refused
+from rapidfire_automl.executor.standing import Elsewhere, NotYet, Refused
 from rapidfire_policies.wording import counted
 
 
@@ -26,10 +26,12 @@ def extend(arm: Arm, command: Command, keeping: Keeping) -> str:
 
     Raises:
         Refused: It can't train longer.
+        NotYet: It is not loaded, or is yet to be extended as it was before.
+        Elsewhere: Others have taken it over.
     """
     more, ends, trainer = int(command.arguments["chunks"]), arm.record.boundaries, arm.trainer
-    if trainer is None or not ends:
-        raise Refused(f"trial {arm.number} has not begun to train")
+    if not arm.begun or arm.extensions:
+        raise NotYet
     before, step = trainer.state.max_steps, trainer.state.global_step
     if step >= before:
         raise Refused(f"trial {arm.number} has trained to its end")
@@ -41,7 +43,9 @@ def extend(arm: Arm, command: Command, keeping: Keeping) -> str:
         f"{counted(len(longer), 'chunk')}, {counted(before + length * more, 'step')} instead of {before}; "
         "its learning rate follows a schedule of that length"
     )
-    keeping.extended(arm.number, step, longer, command, text)
+    if keeping.extended(arm.number, step, longer, command, text):
+        arm.lost = True
+        raise Elsewhere
     was = trainer.lr_scheduler.get_last_lr()[0]
     _lengthen(arm, longer)
     now = trainer.lr_scheduler.get_last_lr()[0]

@@ -44,9 +44,11 @@ class Keeping:
         """
         return self._note("ruled", command, text, verdicts=list(verdicts))
 
-    def extended(self, number: int, step: int, boundaries: Sequence[int], command: Command, text: str) -> None:
-        """A trial's chunks end at other steps, from this step on."""
-        self._note("extended", command, text, trial=number, step=step, boundaries=list(boundaries))
+    def extended(
+        self, number: int, step: int, boundaries: Sequence[int], command: Command, text: str
+    ) -> frozenset[int]:
+        """A trial's chunks end at other steps, from this step on; returns as `ruled`."""
+        return self._note("extended", command, text, trial=number, step=step, boundaries=list(boundaries))
 
     def policy(self, name: str | None, arguments: Mapping[str, Any], command: Command, text: str) -> None:
         """Another policy judges; None: nobody does."""

@@ -86,14 +86,16 @@ class Ledger:
                 if verdict:
                     changed["verdicts"] = [*page.get("verdicts", ()), [chunk, verdict, reason]]
                     changed["by_hand"] = kind == "ruled"
+                changed |= _noted(page, data)
                 if {**page, **changed} != page and not self._put(number, changed):
                     lost.add(number)
         elif kind == "ended" and not self._put(data["trial"], {"ended": dict(data)}):
             lost.add(data["trial"])
         elif kind == "extended":
             number = data["trial"]
-            more = [*self._pages[number].get("extended", ()), [data["step"], data["boundaries"]]]
-            if not self._put(number, {"extended": more}):
+            page = self._pages[number]
+            more = [*page.get("extended", ()), [data["step"], data["boundaries"]]]
+            if not self._put(number, {"extended": more, **_noted(page, data)}):
                 lost.add(number)
         return Kept(frozenset(lost))
 
@@ -108,6 +110,17 @@ class Ledger:
 
     def close(self) -> None:
         """As of a journal; there is nothing to close."""
+
+
+def _noted(page: Mapping[str, Any], data: Mapping[str, Any]) -> dict[str, Any]:
+    """Which command it comes of, so that whoever takes the trial over does it no second time."""
+    return {"commands": {**page.get("commands", {}), data["command"]: data["text"]}} if "command" in data else {}
+
+
+def commands_of(trial: optuna.trial.FrozenTrial) -> Mapping[str, str]:
+    """What commands to a trial have come to, by id."""
+    page = trial.user_attrs.get(LEDGER_ATTR)
+    return page.get("commands", {}) if isinstance(page, Mapping) else {}
 
 
 def past_of(number: int, page: Mapping[str, Any]) -> Past:

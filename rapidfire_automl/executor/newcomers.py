@@ -14,7 +14,7 @@ from rapidfire_automl.executor import enqueueing, warmstart
 from rapidfire_automl.executor.arm import Arm
 from rapidfire_automl.executor.keeping import Keeping
 from rapidfire_automl.executor.sources import Asking, Claims
-from rapidfire_automl.executor.standing import Refused, Standing
+from rapidfire_automl.executor.standing import Elsewhere, NotYet, Refused, Standing
 
 
 class Newcomers:
@@ -82,8 +82,10 @@ class Newcomers:
         enqueueing.check_warm(number, source.params, changes)
         arm = self._standing.live(number)
         if arm is not None:
-            if arm.trainer is None or not arm.record.boundaries:
-                raise Refused(f"trial {number} has not begun to train")
+            if arm.lost:
+                raise Elsewhere
+            if not arm.begun:
+                raise NotYet
             return warmstart.take(number, arm.trainer)
         folder = source.user_attrs.get("rapidfire:adapter")
         if folder is None or not (Path(folder) / "adapter_model.safetensors").is_file():

@@ -14,7 +14,7 @@ from rapidfire_automl.executor.arm import Arm, Halt
 from rapidfire_automl.executor.keeping import Keeping
 from rapidfire_automl.executor.requests import Boundary, Generate, Pace
 from rapidfire_automl.executor.rounds import report
-from rapidfire_automl.executor.standing import ENDED, Refused, Standing, Wish, at_its_end, where
+from rapidfire_automl.executor.standing import ENDED, Elsewhere, Refused, Standing, Wish, at_its_end, where
 from rapidfire_policies.base import Decision, TrialState, Verdict
 
 _DONE = {Verdict.PAUSE: "paused", Verdict.CONTINUE: "resumed", Verdict.STOP: "stopped"}
@@ -26,14 +26,20 @@ class Rulings:
     Args:
         standing: Of the trials.
         answer: Says what came of a command (command, "applied" or "refused", text).
+        leave: Leaves a command to the worker that has its trial.
         tell: Emits an event (kind, arm or None, data).
     """
 
     def __init__(
-        self, standing: Standing, answer: Callable[[Command, Any, str], None], tell: Callable[..., None]
+        self,
+        standing: Standing,
+        answer: Callable[[Command, Any, str], None],
+        leave: Callable[[Command], None],
+        tell: Callable[..., None],
     ) -> None:
         self._standing = standing
         self._answer = answer
+        self._leave = leave
         self._tell = tell
         self.keeping = Keeping(None)
 
@@ -84,11 +90,11 @@ class Rulings:
         arm.decision = arm.ruling
         return text
 
-    def end(self, reason: str) -> None:
-        """The search is over: whatever waits is refused."""
-        for wish in self._standing.wishes.values():
-            self._answer(wish.command, "refused", reason)
+    def end(self) -> list[Command]:
+        """The search is over; returns what waits."""
+        waiting = [wish.command for wish in self._standing.wishes.values()]
         self._standing.wishes.clear()
+        return waiting
 
     # -- at safe points ----------------------------------------------------------------------------------------------
 
@@ -101,37 +107,51 @@ class Rulings:
         Returns:
             Those among them that have got an answer by that.
         """
-        conductor = self._standing.conductor
-        assert conductor is not None
-        ready = []
+        ready: list[Arm] = []
         for arm in list(driven):
             wish = self._standing.wishes.get(arm.number)
             if wish is None:
                 continue
-            stops = wish.verdict is Verdict.STOP
-            text = _stopped(arm) if stops else f"paused, {where(arm)}"
-            if arm.done or at_its_end(arm):
-                why = ENDED.get(arm.record.state, "has ended") if arm.done else "has trained to its end"
-                self._answer(wish.command, "refused", f"trial {arm.number} {why}")
-            elif isinstance(arm.request, Boundary):  # the round's end logs it like any verdict
-                self._rule(arm, wish.verdict, wish.command, text)
-                self._answer(wish.command, "applied", text)
-            elif isinstance(arm.request, (Pace, Generate)) and stops:
-                self._rule(arm, Verdict.STOP, wish.command, text)
-                assert arm.ruling is not None
-                arm.answer = arm.ruling if isinstance(arm.request, Pace) else Halt(arm.ruling.reason)
-                ready.append(arm)
-                self._answer(wish.command, "applied", text)
-            elif isinstance(arm.request, Pace):
-                self._rule(arm, Verdict.PAUSE, wish.command, text)
-                arm.record.state = TrialState.PAUSED
-                conductor.take_slot(arm)
-                driven.remove(arm)
-                self._answer(wish.command, "applied", text)
-            else:
-                continue
-            del self._standing.wishes[arm.number]
+            try:
+                fulfilled = self._fulfil(arm, wish, driven, ready)
+            except Elsewhere:
+                self._leave(wish.command)
+                fulfilled = True
+            if fulfilled:
+                del self._standing.wishes[arm.number]
         return ready
+
+    def _fulfil(self, arm: Arm, wish: Wish, driven: list[Arm], ready: list[Arm]) -> bool:
+        """Pause or stop an arm if it is at a safe point; returns whether nothing is left to do.
+
+        Raises:
+            Elsewhere: Others have taken it over.
+        """
+        conductor = self._standing.conductor
+        assert conductor is not None
+        if arm.lost:
+            raise Elsewhere
+        stops = wish.verdict is Verdict.STOP
+        text = _stopped(arm) if stops else f"paused, {where(arm)}"
+        if arm.done or at_its_end(arm):
+            why = ENDED.get(arm.record.state, "has ended") if arm.done else "has trained to its end"
+            self._answer(wish.command, "refused", f"trial {arm.number} {why}")
+            return True
+        if not (isinstance(arm.request, (Boundary, Pace)) or (stops and isinstance(arm.request, Generate))):
+            return False
+        self._rule(arm, wish.verdict, wish.command, text)
+        if isinstance(arm.request, Boundary):
+            pass  # the round's end logs it like any verdict
+        elif stops:
+            assert arm.ruling is not None
+            arm.answer = arm.ruling if isinstance(arm.request, Pace) else Halt(arm.ruling.reason)
+            ready.append(arm)
+        else:
+            arm.record.state = TrialState.PAUSED
+            conductor.take_slot(arm)
+            driven.remove(arm)
+        self._answer(wish.command, "applied", text)
+        return True
 
     def leaving(self, rolling: Sequence[Arm]) -> list[Arm]:
         """Those that are stopped in the middle of their rollout."""
@@ -164,16 +184,22 @@ class Rulings:
         return ready
 
     def _rule(self, arm: Arm, verdict: Verdict, command: Command, text: str) -> None:
-        """Decide; it is on disk before it takes effect, so that a search that is killed does not forget it."""
+        """Decide; it is on disk before it takes effect, so that a search that is killed does not forget it.
+
+        Raises:
+            Elsewhere: Others have taken the trial over.
+        """
         ruling = Decision(verdict, f"{_DONE[verdict]} by {command.source}", arm.record.standing)
         chunk = max(arm.judged, len(arm.record.values))
         if isinstance(arm.request, Boundary):
             report([arm])  # what is judged has been reported
+        lost = self.keeping.ruled([(arm.number, chunk, str(verdict), ruling.reason)], command, text)
+        arm.lost = arm.lost or arm.number in lost
+        if arm.lost:
+            raise Elsewhere
         if not (isinstance(arm.request, Boundary) and arm.has_slot):  # otherwise the round's end logs it
             arm.record.verdicts.append((chunk, str(verdict), ruling.reason))
             self._tell("verdict", arm, verdict=str(verdict), reason=ruling.reason, by="", numbers=dict(ruling.numbers))
-        lost = self.keeping.ruled([(arm.number, chunk, str(verdict), ruling.reason)], command, text)
-        arm.lost = arm.lost or arm.number in lost
         arm.judged, arm.ruling = chunk, ruling
 
 

@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING
 import optuna
 from optuna.trial import TrialState as OptunaState
 
-from rapidfire_automl import attempts
+from rapidfire_automl import attempts, workers
 from rapidfire_automl.control import Command
+from rapidfire_automl.executor import ledger
 from rapidfire_automl.executor.arm import Arm
 from rapidfire_automl.executor.requests import Boundary
 from rapidfire_automl.executor.sources import Arrivals, Asking, Claims
@@ -36,7 +37,11 @@ class Refused(Exception):
 
 
 class Elsewhere(Exception):
-    """A command for a trial of another process."""
+    """A command for a trial of another process, or of whichever will take it over."""
+
+
+class NotYet(Exception):
+    """A command that waits until this process has loaded its trial."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,6 +65,7 @@ class Standing:
         self.study: optuna.Study | None = None
         self.conductor: Conductor | None = None
         self.source: Asking | Arrivals | Claims | None = None
+        self._seen: Mapping[int, optuna.trial.FrozenTrial] = {}
 
     @property
     def arms(self) -> Sequence[Arm]:
@@ -75,10 +81,12 @@ class Standing:
 
         Raises:
             Refused: There is none, or it is about to end.
-            Elsewhere: It lives in another process.
+            Elsewhere: It lives in another process, or waits for one to take it over.
         """
         assert command.trial is not None
         arm = self.live(command.trial)
+        if arm is not None and arm.lost:
+            raise Elsewhere
         if arm is None:
             raise Refused(f"trial {command.trial} {self.why_not_live(command.trial)}")
         wish = self.wishes.get(arm.number)
@@ -96,23 +104,46 @@ class Standing:
         """Why a trial has no arm here.
 
         Raises:
-            Elsewhere: It lives in another process.
+            Elsewhere: It lives in another process, or waits for one to take it over.
         """
-        record = self._records.get(number)
-        if record is not None and (record.state in ENDED or not isinstance(self.source, Claims)):
+        shared = isinstance(self.source, Claims)  # then a record tells of another's trial, or of one that was lost
+        record = None if shared else self._records.get(number)
+        if record is not None:
             return ENDED.get(record.state, "has not begun")
-        trials = self.trials()
-        if number not in trials:
-            known = f"there are 0 to {max(trials)}" if trials else "there is none yet"
+        trial = self._last(number)
+        if trial is None:
+            known = f"there are 0 to {max(self._seen)}" if self._seen else "there is none yet"
             return f"is unknown: {known}"
-        if trials[number].state is OptunaState.RUNNING:
+        if trial.state is OptunaState.RUNNING or (shared and _waits_for_another(trial)):
             raise Elsewhere
-        return ENDED[trials[number].state]
+        return ENDED[trial.state]
+
+    def applied_elsewhere(self, command: Command) -> str | None:
+        """What a command to a trial has come to, if another worker has applied it."""
+        if command.trial is None or not isinstance(self.source, Claims):
+            return None
+        trial = self._last(command.trial)
+        return None if trial is None else ledger.commands_of(trial).get(command.id)
+
+    def look_again(self) -> None:
+        """The study is asked anew at the next question, once for all commands that come together."""
+        self._seen = {}
+
+    def _last(self, number: int) -> optuna.trial.FrozenTrial | None:
+        if number not in self._seen:
+            self._seen = self.trials()
+        return self._seen.get(number)
 
     def trials(self) -> dict[int, optuna.trial.FrozenTrial]:
         """The last attempts at all trials of the study, by number."""
         assert self.study is not None
         return attempts.last_attempts(self.study)
+
+
+def _waits_for_another(trial: optuna.trial.FrozenTrial) -> bool:
+    """Whether its worker has gone, and the next is yet to come."""
+    begun = trial.state is OptunaState.WAITING and attempts.attempt_of(trial) > 1
+    return begun or workers.is_orphan(trial)
 
 
 def at_its_end(arm: Arm) -> bool:

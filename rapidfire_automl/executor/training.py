@@ -107,7 +107,7 @@ class ChunkCallback(TrainerCallback):
         arm.record.boundaries = boundaries
         if arm.restored is not None:
             extending.again(arm, before, state.global_step)
-        arm.step = state.global_step
+        arm.step, arm.begun = state.global_step, True
         host.tell(
             "trial_resumed" if arm.restored is not None else "trial_started",
             arm,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import time
 from collections.abc import Callable, Mapping
@@ -16,6 +17,9 @@ from rapidfire_automl.workers import CANCELLED_ATTR
 if TYPE_CHECKING:
     import optuna
 
+Heard = Callable[[Command, Effect], None]
+"""Is told what somebody else's answer to a command was."""
+
 _log = logging.getLogger("rapidfire_automl")
 COMMAND_ATTR, ANSWER_ATTR, ATTEMPT_ATTR = "rapidfire:command:", "rapidfire:answer:", "rapidfire:attempt"
 
@@ -27,8 +31,9 @@ class StudyMailbox:
         study: The study; in a storage that both ends reach.
         every_s: Between two looks.
         clock: Seconds that only grow.
-        shared: Whether several workers take commands from here, each what concerns its own trials. Then one that joins
-            makes no command stale and one that leaves ends nothing, and all take a change of policy.
+        shared: Whether several workers take commands from here, each what concerns its own trials, and `leave` the
+            rest. Then one that joins makes no command stale and one that leaves ends nothing, all take a change of
+            policy, and the first answer stays.
     """
 
     foreign = True
@@ -47,6 +52,7 @@ class StudyMailbox:
         self._looked_s = -every_s
         self.attempt = 0
         self._seen: set[str] = set()
+        self._left: dict[str, tuple[Command, Heard]] = {}
         self._is_away = False
 
     def send(self, command: Command) -> Sent:
@@ -74,9 +80,9 @@ class StudyMailbox:
     def _look(self, name: str, timeout_s: float) -> Effect | None:
         until = time.monotonic() + timeout_s
         while True:
-            told = self._study.user_attrs.get(ANSWER_ATTR + name)
-            if isinstance(told, Mapping):
-                return Effect(told["effect"]["state"], told["effect"]["text"], told["effect"]["when_s"])
+            effect = _effect_of(self._study.user_attrs.get(ANSWER_ATTR + name))
+            if effect is not None:
+                return effect
             if time.monotonic() >= until:
                 return None
             time.sleep(0.1)
@@ -110,6 +116,8 @@ class StudyMailbox:
         for key in sorted(key for key in attributes if key.startswith(COMMAND_ATTR)):
             name = key.removeprefix(COMMAND_ATTR)
             answered = ANSWER_ATTR + name in attributes
+            if answered:
+                self._hear(name, _effect_of(attributes[ANSWER_ATTR + name]))
             if name in self._seen or (answered and not self._shared):
                 continue
             self._seen.add(name)
@@ -128,6 +136,28 @@ class StudyMailbox:
             found.append(command)
         return found
 
+    def leave(self, command: Command, heard: Heard) -> None:
+        """Leave a command to the worker that has its trial, or takes it over.
+
+        It is taken again here, at every look, until somebody has answered it.
+
+        Args:
+            command: Taken from here, or come by another way: then it is put here.
+            heard: Called at the look that finds an answer.
+
+        Raises:
+            ControlError: It can't be put here.
+        """
+        if command.id not in self._seen:
+            self.send(command)
+        self._seen.discard(command.id)
+        self._left[command.id] = (command, heard)
+
+    def _hear(self, name: str, effect: Effect | None) -> None:
+        if name in self._left and effect is not None:
+            command, heard = self._left.pop(name)
+            heard(command, effect)
+
     def answer(self, command: Command, effect: Effect) -> None:
         """Write it down in the study."""
         told = {
@@ -137,19 +167,26 @@ class StudyMailbox:
             "effect": asdict(effect),
         }
         self._say(command.id, told)
+        self._hear(command.id, effect)
 
     def _say(self, name: str, told: Mapping[str, Any]) -> None:
+        study, key, answer = self._study, ANSWER_ATTR + name, {**told, "attempt": self.attempt}
         try:
-            self._study.set_user_attr(ANSWER_ATTR + name, {**told, "attempt": self.attempt})
+            settle = getattr(study._storage, "settle_study_user_attr", None) if self._shared else None
+            if settle is not None:
+                settle(study._study_id, key, answer)
+            elif not (self._shared and key in study.user_attrs):
+                study.set_user_attr(key, answer)
         except Exception as error:  # every storage has its own kinds of errors
             _log.warning("The answer to command %s cannot be kept: %s", name, error)
 
     def close(self, reason: str) -> None:
         """Answer what has come in the last moment, and say that nobody listens any more."""
         try:
+            waiting = self._list(self._study.user_attrs)
             if self._shared and self._others_go_on():
                 return
-            for command in self._list(self._study.user_attrs):
+            for command in waiting:
                 self.answer(command, Effect("refused", reason))
             self._study.set_user_attr(ATTEMPT_ATTR, {"attempt": self.attempt, "ended": reason})
         except Exception as error:  # every storage has its own kinds of errors
@@ -159,3 +196,10 @@ class StudyMailbox:
         """Whether the search is neither over nor cancelled, so that a worker is there to take commands, or will be."""
         live = [trial for trial in self._study.get_trials(deepcopy=False) if not trial.state.is_finished()]
         return bool(live) and not self._study.user_attrs.get(CANCELLED_ATTR)
+
+
+def _effect_of(told: Any) -> Effect | None:
+    """What an answer says, or None if it is none."""
+    with contextlib.suppress(KeyError, TypeError):
+        return Effect(told["effect"]["state"], told["effect"]["text"], told["effect"]["when_s"])
+    return None

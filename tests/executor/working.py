@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import threading
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -13,6 +14,7 @@ from peft import LoraConfig
 
 from rapidfire_automl import PolicyPruner, open_storage
 from rapidfire_automl.attempts import last_attempts
+from rapidfire_automl.control import Sent
 from rapidfire_automl.events import Event
 from rapidfire_automl.plan import Plan
 from tests.executor.forking import Forked
@@ -34,8 +36,13 @@ def run(
     step_s: float = 0.0,
     shared: bool = True,
     patience_s: float = 60.0,
+    pauses: int | None = None,
 ) -> None:
-    """Work until nothing is left; prints an event a line, and what has come of the study."""
+    """Work until nothing is left; prints an event a line, and what has come of the study.
+
+    Args:
+        pauses: A trial that this worker's own process pauses when it hears that another has it.
+    """
     study = optuna.create_study(
         study_name="search",
         storage=open_storage(storage, heartbeat_s=HEARTBEAT_S if shared else None, grace_s=GRACE_S if shared else None),
@@ -62,6 +69,15 @@ def run(
         print(json.dumps({**told, "worker": name}, default=str), flush=True)
         if event.kind == "step":
             time.sleep(step_s)
+        if event.kind == "elsewhere" and event.data["of"] == pauses and event.data["state"] == "running" and not sent:
+            sent.append(executor.pause(event.data["of"]))
+            threading.Thread(target=say_what_came, daemon=True).start()
+
+    sent: list[Sent] = []
+
+    def say_what_came() -> None:
+        effect = sent[0].wait(60.0)
+        say(Event("answered", 0.0, pauses, None, {"text": effect and effect.text}))
 
     executor.add_listener(say)
     with executor:
