@@ -15,9 +15,10 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, TypeGuard
 
-from rapidfire_automl.disk import Appender
+from rapidfire_automl.disk import Appender, lock
 from rapidfire_automl.events import Event, Listener
 from rapidfire_automl.jsonable import dumps
+from rapidfire_automl.refusals import FolderInUse
 
 _log = logging.getLogger("rapidfire_automl")
 
@@ -36,15 +37,21 @@ class EventLog:
     Each is handed to the system as it happens, and a verdict is on the disk before anyone acts on it. What a killed
     search left of a last line is cut off when the next one goes on. Lines that can't be written, since the disk is
     full, wait in memory for the next event. A search that goes on tells its last verdicts again, since the kill may
-    have come before they were written here; those that were are dropped.
+    have come before they were written here; those that were are dropped. While it is open no other process can open it.
 
     Args:
         path: The file; made when missing.
         listeners: Called with every event, after it is in the file.
+
+    Raises:
+        FolderInUse: Another process has it open; nothing was changed.
     """
 
     def __init__(self, path: Path, listeners: Iterable[Listener] = ()) -> None:
         self._lines = Appender(path)
+        if not lock(self._lines.file, path):
+            self._lines.file.close()
+            raise FolderInUse(path.parent)
         whole, self._seq = _end_of(self._lines.file)
         self._lines.file.truncate(whole)
         self._is_full = False

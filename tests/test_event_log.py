@@ -20,6 +20,7 @@ from rapidfire_automl import disk
 from rapidfire_automl import event_log as module
 from rapidfire_automl.event_log import FILE, EventLog, read_events
 from rapidfire_automl.events import Event
+from rapidfire_automl.refusals import FolderInUse
 
 
 def step(number: int) -> Event:
@@ -80,6 +81,45 @@ def test_what_goes_on_appends_and_counts_on(tmp_path: Path, tail: bytes) -> None
         log(step(3))
     assert [entry["seq"] for entry in entries(path)] == [1, 2, 3, 4]
     assert not read_events(tmp_path).torn
+
+
+def test_a_second_log_is_refused_before_it_changes_anything(tmp_path: Path) -> None:
+    path = tmp_path / FILE
+    with EventLog(path) as log:
+        log(step(0))
+        with path.open("ab") as file:
+            file.write(b'{"seq": 2, "ki')  # as if the first were just writing it
+        before = path.read_bytes()
+        with pytest.raises(FolderInUse, match=r"A search is under way in .*`rapidfire-automl cancel --run "):
+            EventLog(path)
+        assert path.read_bytes() == before
+    with EventLog(path) as log:
+        log(step(1))
+    assert [entry["seq"] for entry in entries(path)] == [1, 2]
+
+
+def test_where_there_are_no_locks_nobody_is_kept_out_and_the_log_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def flock(file: Any, operation: int) -> None:
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr(disk.fcntl, "flock", flock)
+    with EventLog(tmp_path / FILE) as log:
+        log(step(0))
+    assert len(entries(tmp_path / FILE)) == 1
+    assert "can't be locked (No locks available)" in caplog.text
+    assert disk.claim(tmp_path / "lock") is not None
+    assert not disk.is_locked(tmp_path / FILE)
+
+
+def test_a_look_says_who_is_locked_and_makes_nothing(tmp_path: Path) -> None:
+    path = tmp_path / FILE
+    assert not disk.is_locked(path)
+    assert not path.exists()
+    with EventLog(path):
+        assert disk.is_locked(path)
+    assert not disk.is_locked(path)
 
 
 def test_a_torn_line_longer_than_a_block_and_logs_without_numbers(

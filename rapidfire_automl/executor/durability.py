@@ -30,11 +30,12 @@ from rapidfire_automl.executor.arm import Arm
 from rapidfire_automl.executor.checkpoints import Snapshot, chunk_folder, disk_bytes, newest
 from rapidfire_automl.executor.evaluation import Measured
 from rapidfire_automl.executor.fingerprints import fingerprint_of_data
-from rapidfire_automl.executor.journal import Journal, Past, SearchDiffers, differences
+from rapidfire_automl.executor.journal import Journal, Past, differences
 from rapidfire_automl.executor.ledger import Ledger
 from rapidfire_automl.executor.rounds import Said
 from rapidfire_automl.executor.writing import Trouble, Writer, Written
 from rapidfire_automl.records import TrialRecord
+from rapidfire_automl.refusals import SearchDiffers
 from rapidfire_automl.seeding import reseed, seed_of
 from rapidfire_policies.base import Decision, TrialState
 

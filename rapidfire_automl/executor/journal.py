@@ -16,17 +16,10 @@ from typing import Any, NamedTuple
 
 from rapidfire_automl.disk import Appender, claim, cut_half_line, is_full, make_folder, sync
 from rapidfire_automl.jsonable import dumps
+from rapidfire_automl.refusals import FolderInUse
 from rapidfire_policies.base import Decision, Verdict
 
 NAME = "journal.jsonl"
-
-
-class FolderInUse(RuntimeError):
-    """Another process searches in this folder."""
-
-
-class SearchDiffers(ValueError):
-    """A search can't go on as another one."""
 
 
 @dataclass(slots=True)
@@ -121,7 +114,7 @@ class Journal:
         make_folder(folder)
         lock = claim(folder / "lock")
         if lock is None:
-            raise FolderInUse(f"Another process searches in {folder}. Wait for it, or take another folder.")
+            raise FolderInUse(folder)
         self._lock = lock
         self._lines = Appender(folder / NAME)
         sync(folder)

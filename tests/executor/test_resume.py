@@ -19,8 +19,9 @@ import torch
 from safetensors.torch import load_file
 
 from rapidfire_automl.event_log import read_events
-from rapidfire_automl.executor.journal import FolderInUse, Journal, SearchDiffers, read
+from rapidfire_automl.executor.journal import Journal, read
 from rapidfire_automl.failpoints import FailpointError
+from rapidfire_automl.refusals import FolderInUse, SearchDiffers
 from rapidfire_policies import Decision, Verdict
 from tests.executor import resumable
 from tests.executor.forking import Forked
@@ -276,7 +277,7 @@ def test_another_search_is_refused_by_name(
 
 def test_a_folder_in_which_somebody_searches_is_refused(tmp_path: Path) -> None:
     first = Journal(tmp_path)
-    with pytest.raises(FolderInUse, match="Another process searches in"):
+    with pytest.raises(FolderInUse, match="A search is under way in"):
         Journal(tmp_path)
     first.close()
     Journal(tmp_path).close()
