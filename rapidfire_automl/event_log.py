@@ -107,6 +107,11 @@ class EventLog:
             self._verdicts = {_of_verdict(line.event) for line in lines if line is not None}
         return _of_verdict(event) in self._verdicts
 
+    def add_listeners(self, listeners: Iterable[Listener]) -> None:
+        """Have more listeners called, after those there are."""
+        with self._lock:
+            self._listeners = (*self._listeners, *listeners)
+
     @property
     def elapsed_s(self) -> float:
         """Seconds since the log was opened."""

@@ -9,7 +9,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from rapidfire_automl.disk import is_locked
+from rapidfire_automl.event_log import FILE
 from rapidfire_automl.names import LONGEST
+from rapidfire_automl.refusals import FolderInUse
 from rapidfire_automl.settings import SettingsError
 
 FACTS = "search.json"
@@ -47,9 +50,12 @@ def run_dir_of(given: str | None, name: str, facts: Mapping[str, Any]) -> Path:
 
     Raises:
         SettingsError: `output.dir` holds a search that is over, or another one.
+        FolderInUse: A search is under way in `output.dir`.
     """
     if given is not None:
         folder = Path(given)
+        if is_locked(folder / FILE):
+            raise FolderInUse(folder)
         before = _unfinished(folder)
         if before is None:
             if (folder / "summary.json").exists():

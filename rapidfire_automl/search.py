@@ -154,6 +154,7 @@ def run_search(
     own: bool = False,
     shared: bool = False,
     more: bool = True,
+    log: EventLog | None = None,
 ) -> SearchResult:
     """Search, and write `events.jsonl`, `summary.json`, `plan.json`, `curves.png` and `timeline.png`.
 
@@ -174,8 +175,8 @@ def run_search(
             else both are the caller's.
         shared: Whether other workers search the same study (`RapidFireExecutor.work`). Each then has its events in
             `workers/<its name>/events.jsonl` of the run folder, and who comes to the end last has the whole summary.
-
         more: As of `RapidFireExecutor.optimize`: whether a search in `run_dir` that is over is followed by another.
+        log: The run folder's `events.jsonl` where the caller has opened it, to keep others out before; closed here.
 
     While it runs it can be steered: from this process by the executor's verbs, from others by `Search(run_dir)` and
     the command line.
@@ -186,6 +187,7 @@ def run_search(
     Raises:
         SearchFailed: Every trial failed; the message shows the first reasons.
         SearchInterrupted: Ctrl-C; a `KeyboardInterrupt` that carries the result.
+        FolderInUse: A search is under way in `run_dir`; nothing there was changed.
         ValueError: `n_trials` < 1, or a study with several directions.
     """
     if n_trials < 1:
@@ -195,13 +197,14 @@ def run_search(
     run_dir = Path(run_dir)
     make_folder(run_dir)
     before = set(executor.records)
-    tracker = _mlflow(mlflow_experiment, run_dir)
     maximize = study.direction is StudyDirection.MAXIMIZE
     folder = run_dir
     if shared:
         folder = run_dir / WORKERS / executor.worker.name  # type: ignore[attr-defined]
         folder.mkdir(parents=True, exist_ok=True)
-    with EventLog(folder / FILE, [*([tracker] if tracker else []), *listeners]) as log:
+    with log or EventLog(folder / FILE) as log:
+        tracker = _mlflow(mlflow_experiment, run_dir)
+        log.add_listeners([*([tracker] if tracker else []), *listeners])
         log(_started(executor, study, n_trials))
         executor.add_listener(log)
         if hasattr(executor, "add_mailbox") and not shared:
