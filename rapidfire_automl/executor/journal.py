@@ -119,8 +119,12 @@ class Journal:
         self._lines = Appender(folder / NAME)
         sync(folder)
         cut_half_line(self._lines.file)  # else it would look like damage once others follow it
-        self.past = read(folder / NAME)
         self._writing = threading.Lock()
+
+    @property
+    def past(self) -> Past:
+        """What stands in it by now."""
+        return read(self._lines.path)
 
     def write(self, kind: str, **data: Any) -> Kept:
         """Append an entry; it is on disk when this returns, unless the disk is full.
@@ -148,17 +152,19 @@ class Journal:
 
 
 def read(path: Path) -> Past:
-    """What a journal says; nothing where there is none."""
+    """What a journal says of the last search in it; nothing where there is none."""
     past = Past()
     for entry in _entries(path, past.damaged):
         kind = entry.get("kind")
         if kind == "search":
+            if entry.get("anew"):
+                past = Past(damaged=past.damaged)
             past.facts, past.over, past.sampler_seed = dict(entry["facts"]), False, entry["sampler_seed"]
         elif kind == "asking":
             past.asking = True
         elif kind == "asked":
             past.asked.append(entry["trial"])
-            past.asking = False
+            past.asking = past.over = False  # though the line that began the search may be damaged
         elif kind == "built":
             past.built.add(entry["trial"])
         elif kind in ("round", "ruled"):

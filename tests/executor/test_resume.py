@@ -275,6 +275,77 @@ def test_another_search_is_refused_by_name(
         search(tmp_path, **changed)
 
 
+def checkpoints(folder: Path) -> set[Path]:
+    return set(folder.glob("out/trials/*/*/chunk-*"))
+
+
+@pytest.mark.parametrize(
+    ("storage", "name", "says"),
+    [
+        ("other.db", "search", "study search lacks trials that were begun there (0, 1"),
+        ("study.db", "other", "its study is search, this one is other"),
+    ],
+)
+def test_another_study_does_not_take_the_checkpoints_of_a_search_that_is_not_over(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, storage: str, name: str, says: str
+) -> None:
+    interrupted(tmp_path, monkeypatch)
+    before = checkpoints(tmp_path)
+    assert before
+    with pytest.raises(SearchDiffers, match=re.escape(says)):
+        resumable.run(tmp_path / "out", f"sqlite:///{tmp_path / storage}", study_name=name, policy="promotion")
+    assert checkpoints(tmp_path) == before
+    assert "search_resumed" in search(tmp_path)["events"]
+
+
+@pytest.mark.parametrize("damage", ["the line", "all lines", "the file"])
+def test_a_journal_that_no_longer_says_what_is_searched_costs_no_checkpoints(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, damage: str
+) -> None:
+    interrupted(tmp_path, monkeypatch)
+    before = checkpoints(tmp_path)
+    path = tmp_path / "out" / "journal.jsonl"
+    content = path.read_bytes()
+    if damage == "the file":
+        path.unlink()
+    else:
+        first, rest = content.split(b"\n", 1)
+        assert b'"search"' in first and b'"search"' not in rest
+        path.write_bytes(b"\0" * 20 + b"\n" + (rest if damage == "the line" else b""))
+    says = "no journal" if damage == "the file" else r"no longer says what is searched \(damaged lines: 1\)"
+    with pytest.raises(SearchDiffers, match=says):
+        search(tmp_path)
+    assert checkpoints(tmp_path) == before
+    path.write_bytes(content)
+    assert "search_resumed" in search(tmp_path)["events"]
+
+
+@pytest.mark.slow
+def test_a_search_after_another_that_is_over_goes_on_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the journal says of the first does not count for the second, whose study has other trials."""
+    search(tmp_path, n_trials=6)
+    (tmp_path / "study.db").unlink()
+    interrupted(tmp_path, monkeypatch)
+    found = search(tmp_path)
+    assert "search_resumed" in found["events"]
+    assert len(found["optuna"]) == 6
+
+
+@pytest.mark.slow
+def test_a_search_with_more_trials_that_is_killed_goes_on_with_as_many(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    search(tmp_path, n_trials=2)
+    monkeypatch.setattr("rapidfire_automl.failpoints._passed", {})
+    monkeypatch.setenv("RAPIDFIRE_FAILPOINTS", "round.judged=raise")
+    with pytest.raises(FailpointError):
+        search(tmp_path, n_trials=3, more=True)
+    monkeypatch.delenv("RAPIDFIRE_FAILPOINTS")
+    found = search(tmp_path, n_trials=3, more=True)
+    assert "search_resumed" in found["events"]
+    assert len(found["optuna"]) == 5
+
+
 def test_a_folder_in_which_somebody_searches_is_refused(tmp_path: Path) -> None:
     first = Journal(tmp_path)
     with pytest.raises(FolderInUse, match="A search is under way in"):
