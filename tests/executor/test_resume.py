@@ -14,17 +14,20 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import optuna
 import pytest
 import torch
 from safetensors.torch import load_file
 
 from rapidfire_automl.event_log import read_events
+from rapidfire_automl.events import Event
 from rapidfire_automl.executor.journal import Journal, read
 from rapidfire_automl.failpoints import FailpointError
 from rapidfire_automl.refusals import FolderInUse, SearchDiffers
-from rapidfire_policies import Decision, Verdict
+from rapidfire_policies import Decision, TrialState, Verdict
 from tests.executor import resumable
 from tests.executor.forking import Forked
+from tests.executor.searches import PLAN, make_executor, sft, tiny_model
 
 pytestmark = pytest.mark.faults
 
@@ -273,6 +276,31 @@ def test_another_search_is_refused_by_name(
     interrupted(tmp_path, monkeypatch)
     with pytest.raises(SearchDiffers, match=re.escape(says)):
         search(tmp_path, **changed)
+
+
+@pytest.mark.slow
+def test_the_same_executor_goes_on_after_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a notebook does it: in the same process, which has the folder open."""
+    study = optuna.create_study(storage=f"sqlite:///{tmp_path / 'study.db'}")
+    heard: list[Event] = []
+    executor = make_executor(slots=2, chunks=3, plan=PLAN, output_dir=tmp_path / "out", model=tiny_model())
+    executor.add_listener(heard.append)
+
+    def objective(trial: optuna.Trial) -> Any:
+        return sft(executor, trial, lr=trial.suggest_float("lr", 1e-3, 1e-2), num_train_epochs=2)
+
+    monkeypatch.setattr("rapidfire_automl.failpoints._passed", {})
+    monkeypatch.setenv("RAPIDFIRE_FAILPOINTS", "round.judged=raise@2")
+    with executor:
+        with pytest.raises(FailpointError):
+            executor.optimize(study, objective, n_trials=3)
+        kept = checkpoints(tmp_path)
+        assert kept
+        executor.optimize(study, objective, n_trials=3)
+    assert [event.data["going_on"] for event in heard if event.kind == "search_resumed"] == [2]
+    assert [record.state for record in executor.records.values()] == [TrialState.COMPLETE] * 3
+    done = Counter((event.trial, event.chunk) for event in heard if event.kind == "chunk_done")
+    assert all(times == 1 or chunk == 2 for (_, chunk), times in done.items()), done
 
 
 def checkpoints(folder: Path) -> set[Path]:
