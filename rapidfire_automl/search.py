@@ -23,6 +23,7 @@ from rapidfire_automl.jsonable import dumps, jsonable
 from rapidfire_automl.mailboxes import FolderMailbox
 from rapidfire_automl.patience import StorageAway
 from rapidfire_automl.rankings import generates, rank
+from rapidfire_automl.refusals import FolderInUse, SearchDiffers
 from rapidfire_automl.versions import installed
 from rapidfire_policies.base import TrialState
 
@@ -188,6 +189,7 @@ def run_search(
         SearchFailed: Every trial failed; the message shows the first reasons.
         SearchInterrupted: Ctrl-C; a `KeyboardInterrupt` that carries the result.
         FolderInUse: A search is under way in `run_dir`; nothing there was changed.
+        SearchDiffers: Another search in `run_dir` has not come to its end.
         ValueError: `n_trials` < 1, or a study with several directions.
     """
     if n_trials < 1:
@@ -203,6 +205,8 @@ def run_search(
         folder = run_dir / WORKERS / executor.worker.name  # type: ignore[attr-defined]
         folder.mkdir(parents=True, exist_ok=True)
     with log or EventLog(folder / FILE) as log:
+        if hasattr(executor, "check_folder") and not shared:
+            executor.check_folder(study)
         tracker = _mlflow(mlflow_experiment, run_dir)
         log.add_listeners([*([tracker] if tracker else []), *listeners])
         log(_started(executor, study, n_trials))
@@ -210,10 +214,13 @@ def run_search(
         if hasattr(executor, "add_mailbox") and not shared:
             executor.add_mailbox(FolderMailbox(run_dir))
         with executor if own else nullcontext():
-            status = "crashed"
+            status, begun = "crashed", True
             try:
                 asked = None if shared else n_trials
                 status = _optimize(executor, study, objective, asked, timeout_s, before, more=more)
+            except (FolderInUse, SearchDiffers):
+                begun = any(number not in before for number in executor.records)
+                raise
             except (SystemExit, StorageAway):  # SIGTERM, or the study can't be reached
                 status = "interrupted"
                 raise
@@ -222,7 +229,8 @@ def run_search(
                 records = {n: r for n, r in sorted(executor.records.items()) if n not in before}
                 result = _result(executor, records, log, run_dir, status, maximize, facts or {})
                 try:
-                    _write(result, executor, records, log.chunk_ends_s)
+                    if begun:  # else it would have no trials, and take the place of one that has
+                        _write(result, executor, records, log.chunk_ends_s)
                 except OSError as error:
                     if not is_full(error):
                         raise

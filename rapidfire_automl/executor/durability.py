@@ -567,7 +567,7 @@ def is_same(folder: Path, past: Past, study: optuna.Study) -> bool:
     Raises:
         SearchDiffers: It is another one, or nobody knows any more which, and it has not come to its end.
     """
-    before, known = past.facts.get("study"), attempts.last_attempts(study)
+    before, known = past.facts.get("study"), attempts.last_attempts(study) if past.asked else {}
     missing = [number for number in past.asked if number not in known]
     if before == study.study_name and not missing:
         return True

@@ -135,6 +135,28 @@ def test_a_search_that_begins_between_the_check_and_the_start_is_not_written_ove
     taken[0].__exit__(None, None, None)
 
 
+def test_a_lost_study_is_refused_before_the_base_is_loaded(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from rapidfire_automl.executor.journal import Journal
+
+    use(monkeypatch, interrupt_after=3)
+    assert call("run", "search.toml", "-q", "-o", "out").exit_code == 130
+    monkeypatch.undo()
+    monkeypatch.chdir(folder)
+    journal = Journal(folder / "out")
+    journal.write("search", facts={"study": "search"}, sampler_seed=0, anew=True)
+    journal.write("asked", trial=0)
+    journal.close()
+    (folder / "out" / "study.db").unlink()
+    before = contents(folder / "out")
+    result = call("run", "search.toml", "-q", "-o", "out")
+    assert result.exit_code == 2
+    [line] = result.stderr.strip().splitlines()
+    assert line.startswith("error: The search in out has not come to its end, and this can't go on with it: study ")
+    assert "lacks trials that were begun there (0). Open its study in the storage where it was" in line
+    assert "--debug" not in line
+    assert {**contents(folder / "out"), "study.db": b""} == {**before, "study.db": b""}
+
+
 def test_a_study_that_cannot_be_opened_leaves_no_folder_that_looks_like_a_search(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
