@@ -115,7 +115,10 @@ def _differences(before: Mapping[str, Any], facts: Mapping[str, Any]) -> str:
 
 
 def _unfinished(folder: Path) -> dict[str, Any] | None:
-    """What is searched in a folder, if that was begun and has not come to its end."""
+    """What is searched in a folder, if that was begun and has not come to its end.
+
+    One that was interrupted, killed or broken goes on; `cancel` has ended it for good.
+    """
     try:
         facts = json.loads((folder / FACTS).read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -124,7 +127,7 @@ def _unfinished(folder: Path) -> dict[str, Any] | None:
         status = json.loads((folder / "summary.json").read_text(encoding="utf-8")).get("status")
     except (OSError, ValueError, AttributeError):
         status = None
-    return facts if isinstance(facts, dict) and status not in ("complete", "failed") else None
+    return facts if isinstance(facts, dict) and status not in ("complete", "failed", "cancelled") else None
 
 
 def find_base(model: str, folder: Path) -> str:

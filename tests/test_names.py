@@ -107,7 +107,7 @@ def test_the_newest_run_of_the_same_search_that_has_not_ended_is_taken(
     assert run_dir_of(None, "s", FACTS) == runs / "s-10"
 
 
-@pytest.mark.parametrize("status", ["complete", "failed"])
+@pytest.mark.parametrize("status", ["complete", "failed", "cancelled"])
 def test_what_has_ended_is_not_gone_on_with(runs: Path, status: str) -> None:
     began(runs / "s", FACTS, status)
     assert run_dir_of(None, "s", FACTS) == runs / "s-2"

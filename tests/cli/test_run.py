@@ -87,6 +87,18 @@ def test_a_second_run_gets_a_folder_of_its_own(folder: Path, monkeypatch: pytest
     assert "already holds a search" in again.stderr
 
 
+def test_a_search_that_was_cancelled_is_over(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    use(monkeypatch)
+    monkeypatch.setattr(FakeExecutor, "cancelled", True, raising=False)
+    assert call("run", "search.toml", "-q", "-o", "out").exit_code == 0
+    assert json.loads((folder / "out/summary.json").read_text())["status"] == "cancelled"
+    monkeypatch.setattr(program, "build_executor", lambda prepared: pytest.fail("a model was about to be loaded"))
+    again = call("run", "search.toml", "-q", "-o", "out")
+    assert (again.exit_code, again.stderr) == (
+        2, "error: `output.dir`: out already holds a search; name another folder.\n"
+    )  # fmt: skip
+
+
 def contents(folder: Path) -> dict[str, bytes]:
     """Every file in a folder."""
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
