@@ -241,12 +241,16 @@ def _parse(raw: bytes, worker: str = "") -> Line | None:
         return None
     trial, chunk, data = (entry.get(name) for name in ("trial", "chunk", "data"))
     seq, at, time_s = (entry.get(name) for name in ("seq", "time", "time_s"))
+    try:
+        seconds = float(time_s) if isinstance(time_s, (int, float)) else 0.0
+    except OverflowError:
+        return None
     return Line(
         seq if _is_int(seq) else 0,
         at if isinstance(at, str) else "",
         Event(
             entry["kind"],
-            float(time_s) if isinstance(time_s, (int, float)) else 0.0,
+            seconds,
             trial if _is_int(trial) else None,
             chunk if _is_int(chunk) else None,
             data if isinstance(data, dict) else {},

@@ -188,13 +188,14 @@ def test_lines_wait_while_the_disk_is_full(tmp_path: Path) -> None:
 
 
 def test_damaged_lines_are_left_out_and_counted(tmp_path: Path) -> None:
-    rows = [b'{"kind": "step", "trial": 1}', b"\x00\xff", b"[1, 2]", b"", b'{"kind": 3}', b"[" * 100_000]
+    endless = b'{"kind": "step", "time_s": 1' + b"0" * 400 + b"}"
+    rows = [b'{"kind": "step", "trial": 1}', b"\x00\xff", b"[1, 2]", b"", b'{"kind": 3}', b"[" * 100_000, endless]
     odd = b'{"kind": "step", "trial": "1", "chunk": true, "data": [], "time_s": null, "seq": "x", "time": 5}'
     (tmp_path / FILE).write_bytes(b"\n".join([*rows, odd]) + b"\n")
     log = read_events(tmp_path)
     assert [line.event.trial for line in log.lines] == [1, None]
     assert (log.lines[1].event.chunk, log.lines[1].event.data, log.lines[1].seq) == (None, {}, 0)
-    assert log.damaged == (2, 3, 5, 6)
+    assert log.damaged == (2, 3, 5, 6, 7)
     assert not log.torn
 
 
