@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import logging
 import math
 import os
 import subprocess
@@ -105,6 +106,7 @@ def test_where_there_are_no_locks_nobody_is_kept_out_and_the_log_says_so(
         raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
 
     monkeypatch.setattr(disk.fcntl, "flock", flock)
+    caplog.set_level(logging.WARNING, "rapidfire_automl")
     with EventLog(tmp_path / FILE) as log:
         log(step(0))
     assert len(entries(tmp_path / FILE)) == 1

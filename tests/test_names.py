@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -80,8 +81,9 @@ def began(folder: Path, facts: Mapping[str, Any], status: str | None = None) -> 
 
 
 @pytest.fixture
-def runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> Path:
     monkeypatch.chdir(tmp_path)
+    caplog.set_level(logging.WARNING, "rapidfire_automl")
     return Path("runs")
 
 
