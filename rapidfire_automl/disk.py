@@ -12,6 +12,7 @@ import os
 import secrets
 import shutil
 import time
+from contextlib import suppress
 from io import RawIOBase
 from pathlib import Path
 from typing import IO, Any
@@ -90,7 +91,7 @@ def claim(path: Path) -> IO[str] | None:
 
 
 def lock(file: IO[Any] | RawIOBase, path: Path) -> bool:
-    """Lock an open file for this process, until it is closed.
+    """Lock an open file for this process, until it is unlocked or closed.
 
     Where the file system has no locks nobody is kept out, and the log says so.
 
@@ -114,6 +115,13 @@ def lock(file: IO[Any] | RawIOBase, path: Path) -> bool:
         else:
             return True
     return False
+
+
+def unlock(file: IO[Any] | RawIOBase) -> None:
+    """Unlock a file before it is closed: a forked process, which has it open too, would keep it locked."""
+    if fcntl is not None:
+        with suppress(OSError):
+            fcntl.flock(file, fcntl.LOCK_UN)
 
 
 def is_locked(path: Path) -> bool:

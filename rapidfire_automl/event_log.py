@@ -15,7 +15,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, TypeGuard
 
-from rapidfire_automl.disk import Appender, lock
+from rapidfire_automl.disk import Appender, lock, unlock
 from rapidfire_automl.events import Event, Listener
 from rapidfire_automl.jsonable import dumps
 from rapidfire_automl.refusals import FolderInUse
@@ -126,6 +126,7 @@ class EventLog:
         with self._lock:
             if not self._lines.closed:
                 self._write(b"", sync=True)
+                unlock(self._lines.file)
                 self._lines.close()
 
 

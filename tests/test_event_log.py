@@ -115,6 +115,15 @@ def test_where_there_are_no_locks_nobody_is_kept_out_and_the_log_says_so(
     assert not disk.is_locked(tmp_path / FILE)
 
 
+def test_a_process_that_was_forked_meanwhile_does_not_keep_it_locked(tmp_path: Path) -> None:
+    """As a data loader's workers are: they have the same open files."""
+    with EventLog(tmp_path / FILE) as log:
+        log(step(0))
+        forked = os.dup(log._lines.file.fileno())
+    assert not disk.is_locked(tmp_path / FILE)
+    os.close(forked)
+
+
 def test_a_look_says_who_is_locked_and_makes_nothing(tmp_path: Path) -> None:
     path = tmp_path / FILE
     assert not disk.is_locked(path)

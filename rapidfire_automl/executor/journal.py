@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from rapidfire_automl.disk import Appender, claim, cut_half_line, is_full, make_folder, sync
+from rapidfire_automl.disk import Appender, claim, cut_half_line, is_full, make_folder, sync, unlock
 from rapidfire_automl.jsonable import dumps
 from rapidfire_automl.refusals import FolderInUse
 from rapidfire_policies.base import Decision, Verdict
@@ -148,7 +148,9 @@ class Journal:
         """Let others in."""
         with self._writing:
             self._lines.close()
-            self._lock.close()
+            if not self._lock.closed:
+                unlock(self._lock)
+                self._lock.close()
 
 
 def read(path: Path) -> Past:
