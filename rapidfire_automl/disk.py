@@ -7,17 +7,22 @@ convenience, stop while some of the disk is still free, and lines that can't be 
 from __future__ import annotations
 
 import errno
+import logging
 import os
 import secrets
 import shutil
+import time
+from contextlib import suppress
 from io import RawIOBase
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 try:
     import fcntl
 except ImportError:  # Windows: nobody keeps a second process out
     fcntl = None  # type: ignore[assignment]
+
+_log = logging.getLogger("rapidfire_automl")
 
 _ERRNOS = (errno.ENOSPC, errno.EFBIG, errno.EDQUOT)
 _WORDS = tuple(os.strerror(number).lower() for number in _ERRNOS)
@@ -79,13 +84,58 @@ def make_folder(folder: Path) -> None:
 def claim(path: Path) -> IO[str] | None:
     """Lock a file for this process, until it is closed; None where another process has it."""
     file = path.open("a", encoding="utf-8")
-    if fcntl is not None:
+    if lock(file, path):
+        return file
+    file.close()
+    return None
+
+
+def lock(file: IO[Any] | RawIOBase, path: Path) -> bool:
+    """Lock an open file for this process, until it is unlocked or closed.
+
+    Where the file system has no locks nobody is kept out, and the log says so.
+
+    Args:
+        file: Open for writing.
+        path: Its path.
+
+    Returns:
+        Whether it is locked now; else another process has it.
+    """
+    if fcntl is None:
+        return True
+    for wait_s in (0.05, 0.0):  # whoever only looks has it for a moment
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            file.close()
-            return None
-    return file
+        except BlockingIOError:
+            time.sleep(wait_s)
+        except OSError as error:
+            _log.warning("%s can't be locked (%s): nothing keeps a second search out.", path, error.strerror)
+            return True
+        else:
+            return True
+    return False
+
+
+def unlock(file: IO[Any] | RawIOBase) -> None:
+    """Unlock a file before it is closed: a forked process, which has it open too, would keep it locked."""
+    if fcntl is not None:
+        with suppress(OSError):
+            fcntl.flock(file, fcntl.LOCK_UN)
+
+
+def is_locked(path: Path) -> bool:
+    """Whether a process has locked a file; a missing one nobody has."""
+    if fcntl is None:
+        return False
+    try:
+        with path.open("rb") as file:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:
+        return False
+    return False
 
 
 def write_once(path: Path, text: str) -> None:

@@ -15,9 +15,10 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, TypeGuard
 
-from rapidfire_automl.disk import Appender
+from rapidfire_automl.disk import Appender, lock, unlock
 from rapidfire_automl.events import Event, Listener
 from rapidfire_automl.jsonable import dumps
+from rapidfire_automl.refusals import FolderInUse
 
 _log = logging.getLogger("rapidfire_automl")
 
@@ -36,15 +37,21 @@ class EventLog:
     Each is handed to the system as it happens, and a verdict is on the disk before anyone acts on it. What a killed
     search left of a last line is cut off when the next one goes on. Lines that can't be written, since the disk is
     full, wait in memory for the next event. A search that goes on tells its last verdicts again, since the kill may
-    have come before they were written here; those that were are dropped.
+    have come before they were written here; those that were are dropped. While it is open no other process can open it.
 
     Args:
         path: The file; made when missing.
         listeners: Called with every event, after it is in the file.
+
+    Raises:
+        FolderInUse: Another process has it open; nothing was changed.
     """
 
     def __init__(self, path: Path, listeners: Iterable[Listener] = ()) -> None:
         self._lines = Appender(path)
+        if not lock(self._lines.file, path):
+            self._lines.file.close()
+            raise FolderInUse(path.parent)
         whole, self._seq = _end_of(self._lines.file)
         self._lines.file.truncate(whole)
         self._is_full = False
@@ -100,6 +107,11 @@ class EventLog:
             self._verdicts = {_of_verdict(line.event) for line in lines if line is not None}
         return _of_verdict(event) in self._verdicts
 
+    def add_listeners(self, listeners: Iterable[Listener]) -> None:
+        """Have more listeners called, after those there are."""
+        with self._lock:
+            self._listeners = (*self._listeners, *listeners)
+
     @property
     def elapsed_s(self) -> float:
         """Seconds since the log was opened."""
@@ -114,6 +126,7 @@ class EventLog:
         with self._lock:
             if not self._lines.closed:
                 self._write(b"", sync=True)
+                unlock(self._lines.file)
                 self._lines.close()
 
 
@@ -229,12 +242,16 @@ def _parse(raw: bytes, worker: str = "") -> Line | None:
         return None
     trial, chunk, data = (entry.get(name) for name in ("trial", "chunk", "data"))
     seq, at, time_s = (entry.get(name) for name in ("seq", "time", "time_s"))
+    try:
+        seconds = float(time_s) if isinstance(time_s, (int, float)) else 0.0
+    except OverflowError:
+        return None
     return Line(
         seq if _is_int(seq) else 0,
         at if isinstance(at, str) else "",
         Event(
             entry["kind"],
-            float(time_s) if isinstance(time_s, (int, float)) else 0.0,
+            seconds,
             trial if _is_int(trial) else None,
             chunk if _is_int(chunk) else None,
             data if isinstance(data, dict) else {},

@@ -50,7 +50,8 @@ class Event:
       of it since does not count.
     - `storage_away`: `seconds` so far, `reason`; `storage_back`: `seconds`. The study can't be reached, and can again.
     - `warning`: `message`.
-    - `search_ended`: `status` ("complete", "failed", "interrupted", "crashed"); missing where the process was killed.
+    - `search_ended`: `status` ("complete", "failed", "cancelled", "interrupted", "crashed"); missing where the process
+      was killed.
 
     Args:
         kind: One of the above.

@@ -10,6 +10,7 @@ import inspect
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,6 +23,7 @@ from rapidfire_automl.attempts import number_of
 from rapidfire_automl.data import check_files, load_data
 from rapidfire_automl.disk import make_folder
 from rapidfire_automl.errors_of_storages import redacted
+from rapidfire_automl.event_log import FILE, EventLog
 from rapidfire_automl.events import Listener
 from rapidfire_automl.fields import TRAINERS, args_defaults, check_fields, eval_sampling
 from rapidfire_automl.hints import unknown
@@ -129,13 +131,22 @@ def prepare(settings: Settings, folder: Path, name: str = "search", run_dir: Pat
 def execute(program: Program, listeners: Sequence[Listener] = (), *, joins: bool = False) -> SearchResult:
     """Run a checked search; see `run_search` for what it writes and raises.
 
+    Others are kept out of the run folder before anything is written there.
+
     Args:
         program: What to run.
         listeners: Called with every event.
         joins: Whether others have begun it.
     """
+    make_folder(program.run_dir)
+    with nullcontext() if program.settings.search.shared else EventLog(program.run_dir / FILE) as log:
+        return _execute(program, listeners, build_study(program, joins=joins), log)
+
+
+def _execute(
+    program: Program, listeners: Sequence[Listener], study: optuna.Study, log: EventLog | None
+) -> SearchResult:
     settings = program.settings
-    study = build_study(program, joins=joins)
     try:
         executor = build_executor(program)
     except ValueError as error:
@@ -157,6 +168,7 @@ def execute(program: Program, listeners: Sequence[Listener] = (), *, joins: bool
         own=True,
         shared=settings.search.shared,
         more=False,
+        log=log,
     )
 
 

@@ -22,6 +22,7 @@ from rapidfire_automl.jsonable import dumps, jsonable
 from rapidfire_automl.mailboxes import FolderMailbox
 from rapidfire_automl.patience import StorageAway
 from rapidfire_automl.rankings import best_so_far, generates, has_failed, rank
+from rapidfire_automl.refusals import FolderInUse, SearchDiffers
 from rapidfire_automl.versions import installed
 from rapidfire_policies.base import TrialState
 from rapidfire_policies.wording import counted
@@ -154,6 +155,7 @@ def run_search(
     own: bool = False,
     shared: bool = False,
     more: bool = True,
+    log: EventLog | None = None,
 ) -> SearchResult:
     """Search, and write `events.jsonl`, `summary.json`, `plan.json`, `curves.png` and `timeline.png`.
 
@@ -174,8 +176,8 @@ def run_search(
             else both are the caller's.
         shared: Whether other workers search the same study (`RapidFireExecutor.work`). Each then has its events in
             `workers/<its name>/events.jsonl` of the run folder, and who comes to the end last has the whole summary.
-
         more: As of `RapidFireExecutor.optimize`: whether a search in `run_dir` that is over is followed by another.
+        log: The run folder's `events.jsonl` where the caller has opened it, to keep others out before; closed here.
 
     While it runs it can be steered: from this process by the executor's verbs, from others by `Search(run_dir)` and
     the command line.
@@ -186,6 +188,8 @@ def run_search(
     Raises:
         SearchFailed: Every trial failed; the message shows the first reasons.
         SearchInterrupted: Ctrl-C; a `KeyboardInterrupt` that carries the result.
+        FolderInUse: A search is under way in `run_dir`; nothing there was changed.
+        SearchDiffers: Another search in `run_dir` has not come to its end.
         ValueError: `n_trials` < 1, or a study with several directions.
     """
     if n_trials < 1:
@@ -195,22 +199,28 @@ def run_search(
     run_dir = Path(run_dir)
     make_folder(run_dir)
     before = set(executor.records)
-    tracker = _mlflow(mlflow_experiment, run_dir)
     maximize = study.direction is StudyDirection.MAXIMIZE
     folder = run_dir
     if shared:
         folder = run_dir / WORKERS / executor.worker.name  # type: ignore[attr-defined]
         folder.mkdir(parents=True, exist_ok=True)
-    with EventLog(folder / FILE, [*([tracker] if tracker else []), *listeners]) as log:
+    with log or EventLog(folder / FILE) as log:
+        if hasattr(executor, "check_folder") and not shared:
+            executor.check_folder(study)
+        tracker = _mlflow(mlflow_experiment, run_dir)
+        log.add_listeners([*([tracker] if tracker else []), *listeners])
         log(_started(executor, study, n_trials))
         executor.add_listener(log)
         if hasattr(executor, "add_mailbox") and not shared:
             executor.add_mailbox(FolderMailbox(run_dir))
         with executor if own else nullcontext():
-            status = "crashed"
+            status, begun = "crashed", True
             try:
                 asked = None if shared else n_trials
                 status = _optimize(executor, study, objective, asked, timeout_s, before, more=more)
+            except (FolderInUse, SearchDiffers):
+                begun = any(number not in before for number in executor.records)
+                raise
             except (SystemExit, StorageAway):  # SIGTERM, or the study can't be reached
                 status = "interrupted"
                 raise
@@ -219,7 +229,8 @@ def run_search(
                 records = {n: r for n, r in sorted(executor.records.items()) if n not in before}
                 result = _result(executor, records, log, run_dir, status, maximize, facts or {})
                 try:
-                    _write(result, executor, records, log.chunk_ends_s)
+                    if begun:  # else it would have no trials, and take the place of one that has
+                        _write(result, executor, records, log.chunk_ends_s)
                 except OSError as error:
                     if not is_full(error):
                         raise

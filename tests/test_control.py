@@ -283,6 +283,8 @@ def test_a_killed_search_is_noticed(tmp_path: Path) -> None:
     attempt.write_text(json.dumps({**json.loads(attempt.read_text()), "pid": dead.pid}))
     with pytest.raises(ControlError, match=f"its process {dead.pid} is gone. Resume it first."):
         box.send(Command("pause", 3))
+    attempt.write_text(json.dumps({**json.loads(attempt.read_text()), "pid": 2**70}))
+    assert box.send(Command("pause", 3)).effect is None, "no process can have that number: nothing is known of it"
 
 
 def test_what_others_put_into_the_folder_does_no_harm(tmp_path: Path) -> None:

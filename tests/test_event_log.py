@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import logging
 import math
 import os
 import subprocess
@@ -20,6 +21,7 @@ from rapidfire_automl import disk
 from rapidfire_automl import event_log as module
 from rapidfire_automl.event_log import FILE, EventLog, read_events
 from rapidfire_automl.events import Event
+from rapidfire_automl.refusals import FolderInUse
 
 
 def step(number: int) -> Event:
@@ -80,6 +82,55 @@ def test_what_goes_on_appends_and_counts_on(tmp_path: Path, tail: bytes) -> None
         log(step(3))
     assert [entry["seq"] for entry in entries(path)] == [1, 2, 3, 4]
     assert not read_events(tmp_path).torn
+
+
+def test_a_second_log_is_refused_before_it_changes_anything(tmp_path: Path) -> None:
+    path = tmp_path / FILE
+    with EventLog(path) as log:
+        log(step(0))
+        with path.open("ab") as file:
+            file.write(b'{"seq": 2, "ki')  # as if the first were just writing it
+        before = path.read_bytes()
+        with pytest.raises(FolderInUse, match=r"A search is under way in .*`rapidfire-automl cancel --run "):
+            EventLog(path)
+        assert path.read_bytes() == before
+    with EventLog(path) as log:
+        log(step(1))
+    assert [entry["seq"] for entry in entries(path)] == [1, 2]
+
+
+def test_where_there_are_no_locks_nobody_is_kept_out_and_the_log_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def flock(file: Any, operation: int) -> None:
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr(disk.fcntl, "flock", flock)
+    caplog.set_level(logging.WARNING, "rapidfire_automl")
+    with EventLog(tmp_path / FILE) as log:
+        log(step(0))
+    assert len(entries(tmp_path / FILE)) == 1
+    assert "can't be locked (No locks available)" in caplog.text
+    assert disk.claim(tmp_path / "lock") is not None
+    assert not disk.is_locked(tmp_path / FILE)
+
+
+def test_a_process_that_was_forked_meanwhile_does_not_keep_it_locked(tmp_path: Path) -> None:
+    """As a data loader's workers are: they have the same open files."""
+    with EventLog(tmp_path / FILE) as log:
+        log(step(0))
+        forked = os.dup(log._lines.file.fileno())
+    assert not disk.is_locked(tmp_path / FILE)
+    os.close(forked)
+
+
+def test_a_look_says_who_is_locked_and_makes_nothing(tmp_path: Path) -> None:
+    path = tmp_path / FILE
+    assert not disk.is_locked(path)
+    assert not path.exists()
+    with EventLog(path):
+        assert disk.is_locked(path)
+    assert not disk.is_locked(path)
 
 
 def test_a_torn_line_longer_than_a_block_and_logs_without_numbers(
@@ -148,13 +199,14 @@ def test_lines_wait_while_the_disk_is_full(tmp_path: Path) -> None:
 
 
 def test_damaged_lines_are_left_out_and_counted(tmp_path: Path) -> None:
-    rows = [b'{"kind": "step", "trial": 1}', b"\x00\xff", b"[1, 2]", b"", b'{"kind": 3}', b"[" * 100_000]
+    endless = b'{"kind": "step", "time_s": 1' + b"0" * 400 + b"}"
+    rows = [b'{"kind": "step", "trial": 1}', b"\x00\xff", b"[1, 2]", b"", b'{"kind": 3}', b"[" * 100_000, endless]
     odd = b'{"kind": "step", "trial": "1", "chunk": true, "data": [], "time_s": null, "seq": "x", "time": 5}'
     (tmp_path / FILE).write_bytes(b"\n".join([*rows, odd]) + b"\n")
     log = read_events(tmp_path)
     assert [line.event.trial for line in log.lines] == [1, None]
     assert (log.lines[1].event.chunk, log.lines[1].event.data, log.lines[1].seq) == (None, {}, 0)
-    assert log.damaged == (2, 3, 5, 6)
+    assert log.damaged == (2, 3, 5, 6, 7)
     assert not log.torn
 
 

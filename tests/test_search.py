@@ -12,6 +12,7 @@ import pytest
 
 from rapidfire_automl.events import Event
 from rapidfire_automl.jsonable import dumps, jsonable
+from rapidfire_automl.refusals import FolderInUse, SearchDiffers
 from rapidfire_automl.search import SearchFailed, SearchInterrupted, SearchResult, run_search
 from tests.fake_executor import FakeExecutor, fake_objective
 
@@ -188,6 +189,40 @@ def test_earlier_trials_of_the_executor_are_left_out(tmp_path: Path) -> None:
         study.tell(study.ask(), 1.0)
     result = run_search(executor, fake_objective, study=study, n_trials=2, run_dir=tmp_path / "b")
     assert sorted(result.values) == [3, 4]
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def test_a_search_that_is_refused_beforehand_leaves_the_folder_as_it_was(tmp_path: Path) -> None:
+    class Refuses(FakeExecutor):
+        def check_folder(self, study: optuna.Study) -> None:
+            raise SearchDiffers("another")
+
+        def __enter__(self) -> FakeExecutor:
+            return pytest.fail("a base was about to be loaded")
+
+    search(tmp_path, FakeExecutor(), n_trials=3)
+    before = contents(tmp_path)
+    with pytest.raises(SearchDiffers, match="another"):
+        search(tmp_path, Refuses(), own=True)
+    assert contents(tmp_path) == before
+
+
+@pytest.mark.parametrize("why", [SearchDiffers("another base"), FolderInUse(Path("x"))])
+def test_a_search_that_is_refused_once_the_base_is_loaded_leaves_the_summary(tmp_path: Path, why: Exception) -> None:
+    class Refuses(FakeExecutor):
+        def optimize(self, *given: Any, **options: Any) -> None:
+            raise why
+
+    search(tmp_path, FakeExecutor(), n_trials=3)
+    before = contents(tmp_path)
+    with pytest.raises(type(why)):
+        search(tmp_path, Refuses())
+    after = contents(tmp_path)
+    assert strict_lines(tmp_path / "events.jsonl")[-1]["data"] == {"status": "crashed"}
+    assert {**after, "events.jsonl": b""} == {**before, "events.jsonl": b""}
 
 
 def test_arguments(tmp_path: Path) -> None:

@@ -38,6 +38,12 @@ def study(tmp_path: Path) -> optuna.Study:
     return study_in(str(tmp_path / "study.db"))
 
 
+def test_a_number_that_no_process_can_have_is_not_known_to_be_gone() -> None:
+    here = workers.Worker.here().to_json()
+    assert not workers.is_gone(here)
+    assert not workers.is_gone({**here, "pid": 2**70})
+
+
 def work(path: str) -> list[int]:
     """Fill the study and take what one can; the numbers of the trials."""
     study, worker = study_in(path), workers.Worker.here()

@@ -19,6 +19,7 @@ from rapidfire_automl.cli.report import show_result
 from rapidfire_automl.control import ControlError
 from rapidfire_automl.jsonable import dumps
 from rapidfire_automl.patience import StorageAway
+from rapidfire_automl.refusals import FolderInUse, SearchDiffers
 from rapidfire_automl.search import SearchFailed, SearchInterrupted, SearchResult
 from rapidfire_automl.settings import SettingsError
 
@@ -102,7 +103,7 @@ class Terminal:
             quiet = contextlib.redirect_stdout(sys.stderr) if self.as_json else contextlib.nullcontext()
             with graceful(lambda: self.goes_on), quiet:
                 yield
-        except (ControlError, SettingsError) as error:
+        except (ControlError, FolderInUse, SearchDiffers, SettingsError) as error:
             raise self._end(str(error), BAD_INPUT) from error
         except SearchFailed as error:
             self.result(error.result, show=False)

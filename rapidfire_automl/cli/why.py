@@ -53,7 +53,7 @@ def why(
 
 
 def newest_run(here: Path) -> Path:
-    """The folder itself if it has events, else the one in its `runs` whose events are newest.
+    """The folder itself if it has events, else the one in its `runs` whose events are newest; empty files don't count.
 
     Raises:
         SettingsError: There is none.
@@ -61,7 +61,7 @@ def newest_run(here: Path) -> Path:
     if (here / FILE).is_file() or any((here / WORKERS).glob(f"*/{FILE}")):
         return here
     runs = here / "runs"
-    found = [(file.stat().st_mtime, file.parent) for file in runs.glob(f"*/{FILE}")]
+    found = [(file.stat().st_mtime, file.parent) for file in runs.glob(f"*/{FILE}") if file.stat().st_size]
     found += [(file.stat().st_mtime, file.parents[2]) for file in runs.glob(f"*/{WORKERS}/*/{FILE}")]
     if not found:
         raise SettingsError(f"`--run` is needed: neither this folder nor any in runs/ has {FILE}.")

@@ -30,11 +30,12 @@ from rapidfire_automl.executor.arm import Arm
 from rapidfire_automl.executor.checkpoints import Snapshot, chunk_folder, disk_bytes, newest
 from rapidfire_automl.executor.evaluation import Measured
 from rapidfire_automl.executor.fingerprints import fingerprint_of_data
-from rapidfire_automl.executor.journal import Journal, Past, SearchDiffers, differences
+from rapidfire_automl.executor.journal import NAME, Journal, Past, differences
 from rapidfire_automl.executor.ledger import Ledger
 from rapidfire_automl.executor.rounds import Said
 from rapidfire_automl.executor.writing import Trouble, Writer, Written
 from rapidfire_automl.records import TrialRecord
+from rapidfire_automl.refusals import SearchDiffers
 from rapidfire_automl.seeding import reseed, seed_of
 from rapidfire_policies.base import Decision, TrialState
 
@@ -163,11 +164,10 @@ class Durability:
             SearchDiffers: There is a search to go on with, but of something else.
         """
         assert isinstance(self._journal, Journal)
-        past = self.past
+        past = self.past = self._journal.past
+        same = is_same(self._folder, past, study)
         self._say_damaged(past)
         mine = {**facts, "study": study.study_name}
-        known = attempts.last_attempts(study)
-        same = past.facts.get("study") == study.study_name and all(number in known for number in past.asked)
         unfinished = same and not (past.over and more)
         if unfinished and (differ := differences(past.facts, mine)):
             raise SearchDiffers(
@@ -179,7 +179,7 @@ class Durability:
         if not unfinished:
             self.past = Past()
         self.sampler_seed = past.sampler_seed if unfinished else seed_of(study.sampler)
-        self._write("search", facts=mine, sampler_seed=self.sampler_seed)
+        self._write("search", facts=mine, sampler_seed=self.sampler_seed, anew=not unfinished)
         return past if unfinished else None
 
     def _say_damaged(self, past: Past) -> None:
@@ -208,7 +208,7 @@ class Durability:
         self._on = True
 
     def _forget(self) -> None:
-        """Another search's checkpoints are not ours."""
+        """Remove what another search that is over has left."""
         for leftover in (self._folder / "trials").glob("*"):
             self._forget_trial(leftover)
 
@@ -554,6 +554,45 @@ class Durability:
         for path, why in found.damaged:
             self._tell("checkpoint_damaged", None, folder=str(path), reason=why)
         return found.snapshot
+
+
+def is_same(folder: Path, past: Past, study: optuna.Study) -> bool:
+    """Whether what a folder's journal tells of is a study's search.
+
+    Args:
+        folder: The search's.
+        past: What the journal says.
+        study: The study.
+
+    Raises:
+        SearchDiffers: It is another one, or nobody knows any more which, and it has not come to its end.
+    """
+    before, known = past.facts.get("study"), attempts.last_attempts(study) if past.asked else {}
+    missing = [number for number in past.asked if number not in known]
+    if before == study.study_name and not missing:
+        return True
+    if past.over:
+        return False
+    fix = "Open its study in the storage where it was"
+    if before is not None and before != study.study_name:
+        why = f"its study is {before}, this one is {study.study_name}"
+    elif before is not None:
+        why = f"study {before} lacks trials that were begun there ({_list(missing)})"
+    elif past.damaged or past.asked:
+        lines = f" (damaged lines: {_list(past.damaged)})" if past.damaged else ""
+        why, fix = f"its journal no longer says what is searched{lines}", f"Put {NAME} back"
+    elif any(folder.glob(f"trials/*/{_CHECKPOINTS}*/chunk-*")):
+        why, fix = "it has checkpoints and no journal", f"Put {NAME} back"
+    else:
+        return False
+    raise SearchDiffers(
+        f"The search in {folder} has not come to its end, and this can't go on with it: {why}. {fix}, take another "
+        "folder, or delete this one yourself."
+    )
+
+
+def _list(numbers: Sequence[int], most: int = 10) -> str:
+    return ", ".join(map(str, numbers[:most])) + (", ..." if len(numbers) > most else "")
 
 
 def _named(attempt: int) -> str:

@@ -36,9 +36,10 @@ from rapidfire_automl.executor.commands import Commands
 from rapidfire_automl.executor.conductor import Conductor
 from rapidfire_automl.executor.context import TrialContext
 from rapidfire_automl.executor.crew import Crew
-from rapidfire_automl.executor.durability import Spent
+from rapidfire_automl.executor.durability import Spent, is_same
 from rapidfire_automl.executor.evaluation import Evaluator, Measured, Metric
 from rapidfire_automl.executor.explanation import explain
+from rapidfire_automl.executor.journal import NAME, read
 from rapidfire_automl.executor.loading import ModelLike, load_base, load_tokenizer
 from rapidfire_automl.executor.loop import Loop
 from rapidfire_automl.executor.planner import plan_for
@@ -299,6 +300,8 @@ class RapidFireExecutor(Controls):
         Raises:
             ValueError: `n_trials` is below 1, `objective` is no function, or `metric` does not give as many values as
                 the study has directions.
+            FolderInUse: A search is under way in `output_dir`.
+            SearchDiffers: Another search in `output_dir` has not come to its end.
             RuntimeError: Every trial failed; the message has the first error.
             KeyboardInterrupt: Ctrl-C; finished trials are in the study.
         """
@@ -313,8 +316,7 @@ class RapidFireExecutor(Controls):
             return trainer
 
         run = self._ready(study, seeded)
-        stored = not isinstance(study._storage, InMemoryStorage)  # a killed process takes the others with it
-        self._survival.alone(self._folder(0).parent.parent if self._durable and stored else None)
+        self._survival.alone(self._lasting_folder(study))
         loop = Loop(study, self._arm, run, self._survival.durability)
         begun, left = self._take_up(study, n_trials, loop, more=more)
         source = Asking(study, left, loop.start, timeout_s, lambda asked: loop.ask(begun + asked))
@@ -323,6 +325,15 @@ class RapidFireExecutor(Controls):
         self._search(source, loop.retire)
         self._survival.over()
         self._raise_if_all_failed(loop.numbers)
+
+    def check_folder(self, study: optuna.Study) -> None:
+        """See whether `optimize` can have the folder, without the base.
+
+        Raises:
+            SearchDiffers: There is a search of another study that has not come to its end.
+        """
+        if (folder := self._lasting_folder(study)) is not None:
+            is_same(folder, read(folder / NAME), study)
 
     def work(
         self, study: optuna.Study, objective: Builder, n_trials: int | None = None, timeout_s: float | None = None
@@ -685,6 +696,11 @@ class RapidFireExecutor(Controls):
         """A worker that was taken for dead must not write over what its successor has written."""
         again = self._survival.crew is not None and arm.attempt > 1
         return self._folder(arm.number) / (f"adapter-{arm.attempt}" if again else "adapter")
+
+    def _lasting_folder(self, study: optuna.Study) -> Path | None:
+        """Where a study's search survives, if it is to; a killed process takes a study in memory with it."""
+        stored = not isinstance(study._storage, InMemoryStorage)
+        return self._folder(0).parent.parent if self._durable and stored else None
 
     def _folder(self, number: int) -> Path:
         if self._output_dir is None:

@@ -12,7 +12,8 @@ import torch
 from torch import nn
 
 from rapidfire_automl.executor.arm import Arm
-from rapidfire_automl.executor.journal import SearchDiffers, differences
+from rapidfire_automl.executor.journal import differences
+from rapidfire_automl.refusals import SearchDiffers
 
 
 def fingerprint_of_base(model: nn.Module) -> str:

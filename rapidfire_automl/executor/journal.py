@@ -14,19 +14,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from rapidfire_automl.disk import Appender, claim, cut_half_line, is_full, make_folder, sync
+from rapidfire_automl.disk import Appender, claim, cut_half_line, is_full, make_folder, sync, unlock
 from rapidfire_automl.jsonable import dumps
+from rapidfire_automl.refusals import FolderInUse
 from rapidfire_policies.base import Decision, Verdict
 
 NAME = "journal.jsonl"
-
-
-class FolderInUse(RuntimeError):
-    """Another process searches in this folder."""
-
-
-class SearchDiffers(ValueError):
-    """A search can't go on as another one."""
 
 
 @dataclass(slots=True)
@@ -121,13 +114,17 @@ class Journal:
         make_folder(folder)
         lock = claim(folder / "lock")
         if lock is None:
-            raise FolderInUse(f"Another process searches in {folder}. Wait for it, or take another folder.")
+            raise FolderInUse(folder)
         self._lock = lock
         self._lines = Appender(folder / NAME)
         sync(folder)
         cut_half_line(self._lines.file)  # else it would look like damage once others follow it
-        self.past = read(folder / NAME)
         self._writing = threading.Lock()
+
+    @property
+    def past(self) -> Past:
+        """What stands in it by now."""
+        return read(self._lines.path)
 
     def write(self, kind: str, **data: Any) -> Kept:
         """Append an entry; it is on disk when this returns, unless the disk is full.
@@ -151,21 +148,25 @@ class Journal:
         """Let others in."""
         with self._writing:
             self._lines.close()
-            self._lock.close()
+            if not self._lock.closed:
+                unlock(self._lock)
+                self._lock.close()
 
 
 def read(path: Path) -> Past:
-    """What a journal says; nothing where there is none."""
+    """What a journal says of the last search in it; nothing where there is none."""
     past = Past()
     for entry in _entries(path, past.damaged):
         kind = entry.get("kind")
         if kind == "search":
+            if entry.get("anew"):
+                past = Past(damaged=past.damaged)
             past.facts, past.over, past.sampler_seed = dict(entry["facts"]), False, entry["sampler_seed"]
         elif kind == "asking":
             past.asking = True
         elif kind == "asked":
             past.asked.append(entry["trial"])
-            past.asking = False
+            past.asking = past.over = False  # though the line that began the search may be damaged
         elif kind == "built":
             past.built.add(entry["trial"])
         elif kind in ("round", "ruled"):

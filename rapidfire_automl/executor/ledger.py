@@ -12,8 +12,9 @@ from typing import Any
 
 import optuna
 
-from rapidfire_automl.executor.journal import Kept, Past, SearchDiffers, differences
+from rapidfire_automl.executor.journal import Kept, Past, differences
 from rapidfire_automl.patience import PatientStorage
+from rapidfire_automl.refusals import SearchDiffers
 from rapidfire_automl.seeding import seed_of
 from rapidfire_automl.workers import LEDGER_ATTR
 from rapidfire_policies.base import Verdict

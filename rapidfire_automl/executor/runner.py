@@ -21,13 +21,13 @@ from rapidfire_automl.executor.arm import Arm, Halt, Leave
 from rapidfire_automl.executor.base import Base, BaseChanged
 from rapidfire_automl.executor.conductor import Conductor
 from rapidfire_automl.executor.evaluation import Evaluator, Measured
-from rapidfire_automl.executor.journal import SearchDiffers
 from rapidfire_automl.executor.requests import Forward
 from rapidfire_automl.executor.rounds import TAKEN_OVER
 from rapidfire_automl.executor.survival import Survival
 from rapidfire_automl.executor.warmstart import WarmStart
 from rapidfire_automl.patience import StorageAway
 from rapidfire_automl.precision import why_slow
+from rapidfire_automl.refusals import SearchDiffers
 from rapidfire_policies.base import Decision, TrialState, Verdict
 from rapidfire_policies.wording import counted
 

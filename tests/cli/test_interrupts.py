@@ -1,4 +1,4 @@
-"""Ctrl-C, Ctrl-C again, SIGTERM: the command line leaves as it says, and the same command goes on."""
+"""Ctrl-C, Ctrl-C again, SIGTERM: the command line leaves as it says, and the same command goes on, but not twice."""
 
 from __future__ import annotations
 
@@ -81,3 +81,24 @@ def test_signals_end_a_search_that_goes_on(folder: Path) -> None:
         assert found.keys() == expected.keys()
         for number, curve in expected.items():
             assert found[number] == pytest.approx(curve, rel=1e-5), (name, number)
+
+
+def test_the_same_command_while_it_still_runs_is_refused_and_changes_nothing(folder: Path) -> None:
+    """The first is stopped meanwhile, so that it does not write itself; then it goes on to its end."""
+    out = folder / "out"
+    first = run(folder, out)
+    first.until(lambda: trained(out))
+    first.send(signal.SIGSTOP)
+    before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+    assert {"events.jsonl", "search.json", "study.db", "journal.jsonl"} <= {path.name for path in before}
+    try:
+        second = run(folder, out)
+        assert second.wait(60.0) == 2, second.err
+        [line] = second.err.strip().splitlines()
+        assert line.startswith(f"error: A search is under way in {out}. Wait for it, end it with `rapidfire-automl")
+        assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == before
+    finally:
+        first.send(signal.SIGCONT)
+    assert first.wait() == 0, first.err
+    assert len(values(out)) == 3
+    assert '"search_resumed"' not in (out / "events.jsonl").read_text()

@@ -13,6 +13,8 @@ from typer.testing import CliRunner, Result
 
 from rapidfire_automl import program
 from rapidfire_automl.cli import app
+from rapidfire_automl.cli.why import newest_run
+from rapidfire_automl.event_log import EventLog
 from tests.fake_executor import FakeExecutor
 
 SEARCH = """
@@ -83,6 +85,97 @@ def test_a_second_run_gets_a_folder_of_its_own(folder: Path, monkeypatch: pytest
     again = call("run", "search.toml", "-q", "--out", "runs/search")
     assert again.exit_code == 2
     assert "already holds a search" in again.stderr
+
+
+def test_a_search_that_was_cancelled_is_over(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    use(monkeypatch)
+    monkeypatch.setattr(FakeExecutor, "cancelled", True, raising=False)
+    assert call("run", "search.toml", "-q", "-o", "out").exit_code == 0
+    assert json.loads((folder / "out/summary.json").read_text())["status"] == "cancelled"
+    monkeypatch.setattr(program, "build_executor", lambda prepared: pytest.fail("a model was about to be loaded"))
+    again = call("run", "search.toml", "-q", "-o", "out")
+    assert (again.exit_code, again.stderr) == (
+        2, "error: `output.dir`: out already holds a search; name another folder.\n"
+    )  # fmt: skip
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """Every file in a folder."""
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize("known", [True, False])
+def test_a_folder_in_which_a_search_is_under_way_is_refused_before_anything_there_changes(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, known: bool
+) -> None:
+    """`known`: whether a search file is behind it, not Python."""
+    use(monkeypatch, interrupt_after=3)
+    assert call("run", "search.toml", "-q", "-o", "out").exit_code == 130
+    if not known:
+        for name in ("search.json", "summary.json", "study.db"):
+            (folder / "out" / name).unlink()
+    monkeypatch.setattr(program, "build_executor", lambda prepared: pytest.fail("a model was about to be loaded"))
+    with EventLog(folder / "out" / "events.jsonl"):
+        before = contents(folder / "out")
+        result = call("run", "search.toml", "-q", "-o", "out")
+        assert contents(folder / "out") == before
+    assert result.exit_code == 2
+    [line] = result.stderr.strip().splitlines()
+    assert line.startswith("error: A search is under way in out. Wait for it, end it with `rapidfire-automl cancel ")
+    assert "(`-o` on the command line)" in line
+    assert "--debug" not in line
+
+
+def test_a_search_that_begins_between_the_check_and_the_start_is_not_written_over(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    use(monkeypatch)
+    prepare = program.prepare
+    taken: list[EventLog] = []
+
+    def late(*given: Any) -> program.Program:
+        prepared = prepare(*given)
+        prepared.run_dir.mkdir(parents=True)
+        taken.append(EventLog(prepared.run_dir / "events.jsonl"))
+        return prepared
+
+    monkeypatch.setattr(program, "prepare", late)
+    result = call("run", "search.toml", "-q")
+    assert result.exit_code == 2
+    assert result.stderr.startswith("error: A search is under way in runs/search.")
+    assert contents(folder / "runs") == {"search/events.jsonl": b""}
+    taken[0].__exit__(None, None, None)
+
+
+def test_a_lost_study_is_refused_before_the_base_is_loaded(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from rapidfire_automl.executor.journal import Journal
+
+    use(monkeypatch, interrupt_after=3)
+    assert call("run", "search.toml", "-q", "-o", "out").exit_code == 130
+    monkeypatch.undo()
+    monkeypatch.chdir(folder)
+    journal = Journal(folder / "out")
+    journal.write("search", facts={"study": "search"}, sampler_seed=0, anew=True)
+    journal.write("asked", trial=0)
+    journal.close()
+    (folder / "out" / "study.db").unlink()
+    before = contents(folder / "out")
+    result = call("run", "search.toml", "-q", "-o", "out")
+    assert result.exit_code == 2
+    [line] = result.stderr.strip().splitlines()
+    assert line.startswith("error: The search in out has not come to its end, and this can't go on with it: study ")
+    assert "lacks trials that were begun there (0). Open its study in the storage where it was" in line
+    assert "--debug" not in line
+    assert {**contents(folder / "out"), "study.db": b""} == {**before, "study.db": b""}
+
+
+def test_a_study_that_cannot_be_opened_leaves_no_folder_that_looks_like_a_search(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    use(monkeypatch)
+    assert call("run", "search.toml", "-q").exit_code == 0
+    assert call("run", "search.toml", "-q", "-s", "search.storage='sqlite:////nowhere/s.db'").exit_code == 2
+    assert newest_run(folder) == folder / "runs/search"
 
 
 def test_json_is_all_there_is_on_stdout(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

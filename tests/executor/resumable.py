@@ -39,6 +39,7 @@ def run(
     folder: Path,
     storage: str,
     *,
+    study_name: str = "search",
     policy: str = "asha",
     n_trials: int = 6,
     alone: bool = True,
@@ -61,7 +62,7 @@ def run(
     begin_s = time.monotonic()
     folder.mkdir(parents=True, exist_ok=True)
     study = optuna.create_study(
-        study_name="search",
+        study_name=study_name,
         storage=storage,
         load_if_exists=True,
         sampler=optuna.samplers.TPESampler(seed=3, n_startup_trials=3),

@@ -32,3 +32,19 @@ def test_a_journal_that_has_such_characters_as_they_are_is_read(tmp_path: Path) 
     lines = "".join(json.dumps(entry, ensure_ascii=False) + "\n" for entry in entries)
     (tmp_path / NAME).write_text(lines, encoding="utf-8")
     assert list(read(tmp_path / NAME).ended) == [0, 1, 2]
+
+
+def test_the_last_search_counts_and_is_not_over_because_one_before_it_is(tmp_path: Path) -> None:
+    journal = Journal(tmp_path)
+    journal.write("search", facts={"study": "first"}, sampler_seed=1, anew=True)
+    journal.write("asked", trial=7)
+    journal.write("over")
+    journal.write("search", facts={"study": "second"}, sampler_seed=2, anew=True)
+    journal.write("asked", trial=0)
+    journal.close()
+    past = read(tmp_path / NAME)
+    assert (past.facts, past.asked, past.over) == ({"study": "second"}, [0], False)
+    lines = (tmp_path / NAME).read_bytes().split(b"\n")
+    (tmp_path / NAME).write_bytes(b"\n".join([*lines[:3], b"\0\0", *lines[4:]]))
+    past = read(tmp_path / NAME)
+    assert (past.over, past.damaged) == (False, [4])

@@ -14,16 +14,20 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import optuna
 import pytest
 import torch
 from safetensors.torch import load_file
 
 from rapidfire_automl.event_log import read_events
-from rapidfire_automl.executor.journal import FolderInUse, Journal, SearchDiffers, read
+from rapidfire_automl.events import Event
+from rapidfire_automl.executor.journal import Journal, read
 from rapidfire_automl.failpoints import FailpointError
-from rapidfire_policies import Decision, Verdict
+from rapidfire_automl.refusals import FolderInUse, SearchDiffers
+from rapidfire_policies import Decision, TrialState, Verdict
 from tests.executor import resumable
 from tests.executor.forking import Forked
+from tests.executor.searches import PLAN, make_executor, sft, tiny_model
 
 pytestmark = pytest.mark.faults
 
@@ -278,9 +282,105 @@ def test_another_search_is_refused_by_name(
         search(tmp_path, **changed)
 
 
+@pytest.mark.slow
+def test_the_same_executor_goes_on_after_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a notebook does it: in the same process, which has the folder open."""
+    study = optuna.create_study(storage=f"sqlite:///{tmp_path / 'study.db'}")
+    heard: list[Event] = []
+    executor = make_executor(slots=2, chunks=3, plan=PLAN, output_dir=tmp_path / "out", model=tiny_model())
+    executor.add_listener(heard.append)
+
+    def objective(trial: optuna.Trial) -> Any:
+        return sft(executor, trial, lr=trial.suggest_float("lr", 1e-3, 1e-2), num_train_epochs=2)
+
+    monkeypatch.setattr("rapidfire_automl.failpoints._passed", {})
+    monkeypatch.setenv("RAPIDFIRE_FAILPOINTS", "round.judged=raise@2")
+    with executor:
+        with pytest.raises(FailpointError):
+            executor.optimize(study, objective, n_trials=3)
+        kept = checkpoints(tmp_path)
+        assert kept
+        executor.optimize(study, objective, n_trials=3)
+    assert [event.data["going_on"] for event in heard if event.kind == "search_resumed"] == [2]
+    assert [record.state for record in executor.records.values()] == [TrialState.COMPLETE] * 3
+    done = Counter((event.trial, event.chunk) for event in heard if event.kind == "chunk_done")
+    assert all(times == 1 or chunk == 2 for (_, chunk), times in done.items()), done
+
+
+def checkpoints(folder: Path) -> set[Path]:
+    return set(folder.glob("out/trials/*/*/chunk-*"))
+
+
+@pytest.mark.parametrize(
+    ("storage", "name", "says"),
+    [
+        ("other.db", "search", "study search lacks trials that were begun there (0, 1"),
+        ("study.db", "other", "its study is search, this one is other"),
+    ],
+)
+def test_another_study_does_not_take_the_checkpoints_of_a_search_that_is_not_over(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, storage: str, name: str, says: str
+) -> None:
+    interrupted(tmp_path, monkeypatch)
+    before = checkpoints(tmp_path)
+    assert before
+    with pytest.raises(SearchDiffers, match=re.escape(says)):
+        resumable.run(tmp_path / "out", f"sqlite:///{tmp_path / storage}", study_name=name, policy="promotion")
+    assert checkpoints(tmp_path) == before
+    assert "search_resumed" in search(tmp_path)["events"]
+
+
+@pytest.mark.parametrize("damage", ["the line", "all lines", "the file"])
+def test_a_journal_that_no_longer_says_what_is_searched_costs_no_checkpoints(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, damage: str
+) -> None:
+    interrupted(tmp_path, monkeypatch)
+    before = checkpoints(tmp_path)
+    path = tmp_path / "out" / "journal.jsonl"
+    content = path.read_bytes()
+    if damage == "the file":
+        path.unlink()
+    else:
+        first, rest = content.split(b"\n", 1)
+        assert b'"search"' in first and b'"search"' not in rest
+        path.write_bytes(b"\0" * 20 + b"\n" + (rest if damage == "the line" else b""))
+    says = "no journal" if damage == "the file" else r"no longer says what is searched \(damaged lines: 1\)"
+    with pytest.raises(SearchDiffers, match=says):
+        search(tmp_path)
+    assert checkpoints(tmp_path) == before
+    path.write_bytes(content)
+    assert "search_resumed" in search(tmp_path)["events"]
+
+
+@pytest.mark.slow
+def test_a_search_after_another_that_is_over_goes_on_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the journal says of the first does not count for the second, whose study has other trials."""
+    search(tmp_path, n_trials=6)
+    (tmp_path / "study.db").unlink()
+    interrupted(tmp_path, monkeypatch)
+    found = search(tmp_path)
+    assert "search_resumed" in found["events"]
+    assert len(found["optuna"]) == 6
+
+
+@pytest.mark.slow
+def test_a_search_with_more_trials_that_is_killed_goes_on_with_as_many(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    search(tmp_path, n_trials=2)
+    monkeypatch.setattr("rapidfire_automl.failpoints._passed", {})
+    monkeypatch.setenv("RAPIDFIRE_FAILPOINTS", "round.judged=raise")
+    with pytest.raises(FailpointError):
+        search(tmp_path, n_trials=3, more=True)
+    monkeypatch.delenv("RAPIDFIRE_FAILPOINTS")
+    found = search(tmp_path, n_trials=3, more=True)
+    assert "search_resumed" in found["events"]
+    assert len(found["optuna"]) == 5
+
+
 def test_a_folder_in_which_somebody_searches_is_refused(tmp_path: Path) -> None:
     first = Journal(tmp_path)
-    with pytest.raises(FolderInUse, match="Another process searches in"):
+    with pytest.raises(FolderInUse, match="A search is under way in"):
         Journal(tmp_path)
     first.close()
     Journal(tmp_path).close()
