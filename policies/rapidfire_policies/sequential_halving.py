@@ -66,7 +66,7 @@ class SequentialHalving(Policy):
     >>> {number: str(decision.verdict) for number, decision in decisions.items()}
     {0: 'stop', 1: 'continue', 2: 'stop', 3: 'continue'}
     >>> decisions[0].reason
-    'round 1, 1 chunks: 0.41 ranks 3 of 4, the best 2 go on (cut 0.4)'
+    'round 1, 1 chunk: 0.41 ranks 3 of 4, the best 2 go on (cut 0.4)'
     """
 
     budget: int | None = None
