@@ -138,7 +138,10 @@ def execute(program: Program, listeners: Sequence[Listener] = (), *, joins: bool
         listeners: Called with every event.
         joins: Whether others have begun it.
     """
-    make_folder(program.run_dir)
+    try:
+        make_folder(program.run_dir)
+    except OSError as error:
+        raise SettingsError(f"`output.dir`: {program.run_dir} cannot be made: {error.strerror}.") from None
     with nullcontext() if program.settings.search.shared else EventLog(program.run_dir / FILE) as log:
         return _execute(program, listeners, build_study(program, joins=joins), log)
 
@@ -233,10 +236,6 @@ def build_study(program: Program, *, joins: bool = False) -> optuna.Study:
     """A new study, or that of the search that goes on; with `sampler = "grid"` its trials wait in it."""
     search = program.settings.search
     goes_on = (program.run_dir / FACTS).exists()
-    try:
-        make_folder(program.run_dir)
-    except OSError as error:
-        raise SettingsError(f"`output.dir`: {program.run_dir} cannot be made: {error.strerror}.") from None
     if search.shared:
         grid = [point.params for point in program.space.grid()] if search.sampler.name == "grid" else []
         base = program.settings.base.model_copy(update={"model": program.facts["base.model"]})  # found elsewhere there

@@ -47,7 +47,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def test_a_task_becomes_prompts_and_the_reward_scores_them() -> None:
+def test_a_task_becomes_prompts_and_the_reward_scores_them(folder: Path) -> None:
     prepared = prepare(parse_settings(GOOD), ROOT)
     assert (len(prepared.train), len(prepared.held_out)) == (64, 8)
     (reward,) = prepared.rewards
@@ -55,6 +55,7 @@ def test_a_task_becomes_prompts_and_the_reward_scores_them() -> None:
     completions = columns.pop("answer")
     assert reward(prompts=columns.pop("prompt"), completions=completions, **columns) == [1.0] * 64
     assert prepared.settings.direction == "maximize"
+    prepared.run_dir.mkdir(parents=True)
     assert build_study(prepared).direction.name == "MAXIMIZE"
 
 

@@ -15,7 +15,7 @@ from rapidfire_automl.cli.terminal import Terminal
 from rapidfire_automl.cli.view import against, number
 from rapidfire_automl.precision import is_bfloat16_fast
 from rapidfire_automl.search import SearchResult, add_to_summary
-from rapidfire_automl.settings import Settings, check_set_once, load_settings
+from rapidfire_automl.settings import Settings, load_settings
 
 TRAIN, HELD_OUT, DATA_SEED = 192, 64, 0
 
@@ -34,7 +34,6 @@ def demo(
     """
     terminal = Terminal(as_json=as_json, quiet=quiet, debug=debug)
     with terminal.session(), tempfile.TemporaryDirectory(prefix="rapidfire-demo-") as folder:
-        check_set_once(overrides or [])
         settings = prepare(Path(folder), terminal, overrides or [], n_trials, out)
         result = search(settings, Path(folder), "demo", terminal)
         if result is None:

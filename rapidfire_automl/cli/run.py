@@ -11,13 +11,13 @@ from rapidfire_automl.cli.display import on_screen
 from rapidfire_automl.cli.terminal import Terminal
 from rapidfire_automl.cli.view import SearchView
 from rapidfire_automl.search import SearchResult
-from rapidfire_automl.settings import Settings, check_set_once, load_settings
+from rapidfire_automl.settings import Settings, load_settings
 from rapidfire_automl.storages import JOURNAL, url_of
 from rapidfire_policies.wording import counted
 
 Set = Annotated[
     list[str] | None,
-    typer.Option("--set", "-s", metavar="KEY=VALUE", help="Set any key of the file, like search.n_trials=16."),
+    typer.Option("--set", "-s", metavar="KEY=VALUE", help="Set any key of the file, like search.n_trials=16; the last one counts."),
 ]
 NTrials = Annotated[int | None, typer.Option("--n-trials", help="Short for --set search.n_trials=N.")]
 Slots = Annotated[int | None, typer.Option(help="Short for --set search.slots=N.")]
@@ -67,7 +67,6 @@ def run(
     """
     terminal = Terminal(as_json=as_json, quiet=quiet, debug=debug)
     with terminal.session():
-        check_set_once(overrides or [])
         short = shorthands(n_trials=n_trials, slots=slots, chunks=chunks, seed=seed, out=out)
         settings = load_settings(file, [*(overrides or []), *short, *places(storage, study)])
         result = search(settings, file.parent, file.stem, terminal, check_only=check)

@@ -9,7 +9,7 @@ import typer
 
 from rapidfire_automl.cli.run import Debug, Json, Quiet, Set, search
 from rapidfire_automl.cli.terminal import Terminal
-from rapidfire_automl.settings import check_set_once, parse_settings
+from rapidfire_automl.settings import parse_settings
 
 Storage = Annotated[
     str,
@@ -51,7 +51,6 @@ def worker(
 
     terminal = Terminal(as_json=as_json, quiet=quiet, debug=debug)
     with terminal.session():
-        check_set_once(overrides or [])
         shared = sharing.find(storage, study)
         own = [*(overrides or [])]
         own += [] if slots is None else [f"search.slots={slots}"]

@@ -88,8 +88,7 @@ def test_a_second_run_gets_a_folder_of_its_own(folder: Path, monkeypatch: pytest
 
 
 def test_a_search_that_was_cancelled_is_over(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    use(monkeypatch)
-    monkeypatch.setattr(FakeExecutor, "cancelled", True, raising=False)
+    use(monkeypatch, cancel_after=3)
     assert call("run", "search.toml", "-q", "-o", "out").exit_code == 0
     assert json.loads((folder / "out/summary.json").read_text())["status"] == "cancelled"
     monkeypatch.setattr(program, "build_executor", lambda prepared: pytest.fail("a model was about to be loaded"))
@@ -194,10 +193,6 @@ def test_json_is_all_there_is_on_stdout(folder: Path, monkeypatch: pytest.Monkey
     ("words", "expected"),
     [
         (["-s", "search.slotz=3"], "did you mean `search.slots`?"),
-        (
-            ["-s", "search.slots=2", "-s", "search.slots = 3"],
-            "`search.slots` is set twice, to 2 and to 3. Leave one out.",
-        ),
         (["--slots", "0"], "`search.slots` must be >= 1, got 0."),
         (["-s", "args.learning_rat=1e-4"], "did you mean `args.learning_rate`?"),
         (["-s", "args.warmup_steps='many'"], "`args.warmup_steps` must be a number"),
