@@ -17,7 +17,12 @@ from rapidfire_policies.wording import counted
 
 Set = Annotated[
     list[str] | None,
-    typer.Option("--set", "-s", metavar="KEY=VALUE", help="Set any key of the file, like search.n_trials=16; the last one counts."),
+    typer.Option(
+        "--set",
+        "-s",
+        metavar="KEY=VALUE",
+        help="Set any key of the file, like search.n_trials=16; the last one counts.",
+    ),
 ]
 NTrials = Annotated[int | None, typer.Option("--n-trials", help="Short for --set search.n_trials=N.")]
 Slots = Annotated[int | None, typer.Option(help="Short for --set search.slots=N.")]
