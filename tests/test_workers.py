@@ -39,7 +39,7 @@ def study(tmp_path: Path) -> optuna.Study:
 
 
 def test_a_number_that_no_process_can_have_is_not_known_to_be_gone() -> None:
-    here = workers.Worker.here().to_json()
+    here = workers.Worker.here().to_json(0)
     assert not workers.is_gone(here)
     assert not workers.is_gone({**here, "pid": 2**70})
 

@@ -64,7 +64,7 @@ def seconds(policy: Policy, judged: History, times: int) -> float:
 def test_a_verdict_costs_a_millisecond_a_trial_and_grows_linearly(policy: Policy, in_lockstep: bool) -> None:
     few, many = history(256, in_lockstep=in_lockstep), history(1024, in_lockstep=in_lockstep)
     most_ms = MOST_MS_A_TRIAL.get(type(policy).__name__, 1.0)
-    for attempt in range(4):
+    for attempt in range(6):
         times = 2 + 2 * attempt
         cost_few, cost_many = seconds(policy, few, times), seconds(policy, many, times)
         # Below a hundredth of the limit the ratio of two small numbers says nothing.
