@@ -29,6 +29,8 @@ _FOR_GOOD = (
 )
 """What SQLite calls operational errors, too, and no patience mends."""
 _PASSING_ERRNOS = (errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EAGAIN, errno.EINTR, errno.ENETUNREACH)
+_LOST_TRANSACTION = "8s2b"
+"""SQLAlchemy's code of "Can't reconnect until invalid transaction is rolled back"."""
 _count = threading.local()
 
 
@@ -109,7 +111,14 @@ def failures() -> int:
 
 
 def _cause(error: BaseException) -> BaseException:
-    """What was behind an error that Optuna has wrapped."""
+    """What was behind an error that Optuna has wrapped.
+
+    Where a query meets an operational error, Optuna asks once more, in a transaction that may be lost with its
+    connection: what counts is the first error.
+    """
+    cause = error
     if isinstance(error, optuna.exceptions.StorageInternalError) and error.__cause__ is not None:
-        return error.__cause__
-    return error
+        cause = error.__cause__
+    first = cause.__context__
+    lost = getattr(cause, "code", None) == _LOST_TRANSACTION
+    return first if lost and first is not None else cause

@@ -10,6 +10,7 @@ from typing import Any
 import optuna
 import pytest
 from optuna.trial import TrialState
+from sqlalchemy import create_engine, event, text
 from sqlalchemy.exc import OperationalError
 
 from rapidfire_automl import attempts
@@ -223,3 +224,27 @@ def test_who_looks_for_a_study_makes_no_tables_on_a_server() -> None:
         optuna.create_study(storage=open_storage(server.url()), study_name="second")
         with pytest.raises(NoSuchStudy, match=r"has no study first; it has second\.$"):
             load_study(server.url(), "first")
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(postgres.binaries() is None, reason="no PostgreSQL here")
+def test_a_connection_that_breaks_where_optuna_tries_again_by_itself() -> None:
+    """Optuna takes it for a statement that is too long, and asks again in the transaction that is lost."""
+    pytest.importorskip("psycopg")
+    with postgres.server() as server:
+        storage = open_storage(server.url())
+        study = optuna.create_study(storage=storage, study_name="s")
+        study.enqueue_trial({})
+        assert len(study.get_trials(deepcopy=False)) == 1
+        engine, broken = storage.inner._backend.engine, []  # type: ignore[attr-defined]
+
+        def breaks(connection: Any, cursor: Any, statement: str, *_: Any) -> None:
+            if "trials" in statement and not broken:
+                broken.append(statement)
+                pid = cursor.connection.info.backend_pid
+                with create_engine(server.url()).connect() as other:
+                    other.execute(text(f"SELECT pg_terminate_backend({pid}, 5000)"))
+
+        event.listen(engine, "before_cursor_execute", breaks)
+        assert len(study.get_trials(deepcopy=False)) == 1
+        assert broken
