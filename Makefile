@@ -47,13 +47,13 @@ rollouts: $(STAMP)
 	$(BIN)/python experiments/rollouts/run.py
 
 test: lint
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
 
 test-fast: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow"
 
 test-faults: $(STAMP)
-	RAPIDFIRE_FAULTS=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m faults
+	RAPIDFIRE_FAULTS=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal -m faults
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

@@ -5,6 +5,7 @@ Importing torch and TRL takes longer than a whole search on the tiny base.
 
 from __future__ import annotations
 
+import gc
 import json
 import multiprocessing
 import os
@@ -124,6 +125,7 @@ class Forked:
 
 def _body(function: Callable[[], Any], environment: Mapping[str, str], folder: str) -> None:
     """In the process."""
+    gc.freeze()  # what was imported is not walked at every trainer's `gc.collect`
     os.environ.update(environment)
     warnings.simplefilter("ignore")
     signal.signal(signal.SIGINT, signal.default_int_handler)
