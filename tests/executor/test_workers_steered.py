@@ -9,10 +9,11 @@ from typing import Any
 import pytest
 
 from rapidfire_automl import Search
-from tests.executor.test_workers import counted_once, freeze
+from tests.executor.test_workers import ALL, counted_once, freeze
 from tests.executor.working import Process, of, result
 
 pytestmark = [pytest.mark.slow, pytest.mark.faults]
+long = pytest.mark.skipif(not ALL, reason="`make test-faults` runs it: a quarter of a minute")
 
 PAUSED = ("paused, at step", "paused, at the end of chunk")
 """Within a chunk, or at its end: it is the next safe point that counts."""
@@ -66,6 +67,7 @@ def test_what_is_sent_while_the_owner_is_frozen_is_done_by_who_takes_over(tmp_pa
     assert [(trial["state"], trial["attempt"]) for trial in found.values()] == [("COMPLETE", 2), ("PRUNED", 2)]
 
 
+@long
 def test_a_thawed_owner_that_looks_first_leaves_it_to_who_has_taken_over(tmp_path: Path, storage: str) -> None:
     """It does not know yet that it has lost its trials; nor may the command be lost with them."""
     thaws = Process(tmp_path, storage, name="thaws", n_trials=2, step_s=0.3)
@@ -92,6 +94,7 @@ def test_a_thawed_owner_that_looks_first_leaves_it_to_who_has_taken_over(tmp_pat
     assert not {verb for verb, _, _ in done_by(thaws)} - {"cancel"} and not ruled_by(thaws)
 
 
+@long
 def test_what_is_sent_while_a_trial_waits_to_be_taken_over(tmp_path: Path, storage: str) -> None:
     """The only other worker has no slot free for it."""
     options: dict[str, Any] = {"n_trials": 2, "slots": 1}
@@ -146,6 +149,7 @@ def test_a_trial_that_was_taken_over_is_extended_once_it_is_loaded(tmp_path: Pat
     assert (found["state"], len(found["values"])) == ("COMPLETE", 5)
 
 
+@long
 def test_a_workers_own_process_pauses_what_another_trains(tmp_path: Path, storage: str) -> None:
     options: dict[str, Any] = {"n_trials": 2, "slots": 1}
     trains = Process(tmp_path, storage, name="trains", step_s=1.0, **options)
