@@ -200,21 +200,6 @@ def apply_override(raw: Mapping[str, Any], override: str) -> dict[str, Any]:
     return tree
 
 
-def check_set_once(lines: Iterable[str]) -> None:
-    """Refuse `key=value` lines of which two are about one key.
-
-    Raises:
-        SettingsError: There are two; the message has both values.
-    """
-    found: dict[str, str] = {}
-    for line in lines:
-        key, _, text = line.partition("=")
-        key = ".".join(part.strip() for part in key.split("."))
-        if key in found:
-            raise SettingsError(f"`{key}` is set twice, to {found[key]} and to {text.strip()}. Leave one out.")
-        found[key] = text.strip()
-
-
 def toml_value(text: str) -> Any:
     """A value as TOML spells it; what is no TOML is the string it is.
 

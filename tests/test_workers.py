@@ -44,6 +44,16 @@ def test_a_number_that_no_process_can_have_is_not_known_to_be_gone() -> None:
     assert not workers.is_gone({**here, "pid": 2**70})
 
 
+def leave_one_behind(study: optuna.Study) -> None:
+    """A trial whose worker is a process of this machine that is no more."""
+    worker, gone = workers.Worker.here(), Forked(int)
+    gone.wait()
+    workers.fill(study, 1)
+    dead = workers.claim(study, workers.claimable(study)[0], worker)
+    assert dead is not None
+    dead.set_user_attr(workers.WORKER_ATTR, {**worker.to_json(dead.number), "pid": gone.pid})
+
+
 def work(path: str) -> list[int]:
     """Fill the study and take what one can; the numbers of the trials."""
     study, worker = study_in(path), workers.Worker.here()
@@ -187,12 +197,7 @@ def test_who_comes_too_late_for_a_trial_leaves_no_trace_on_it(study: optuna.Stud
 
 
 def test_a_new_attempt_is_not_taken_for_left_by_the_worker_of_the_one_before(study: optuna.Study) -> None:
-    worker, gone = workers.Worker.here(), Forked(int)
-    gone.wait()
-    workers.fill(study, 1)
-    dead = workers.claim(study, workers.claimable(study)[0], worker)
-    assert dead is not None
-    dead.set_user_attr(workers.WORKER_ATTR, {**worker.to_json(dead.number), "pid": gone.pid})
+    leave_one_behind(study)
     assert workers.reap(study, ()) == [0]
     [waiting] = workers.claimable(study)
     study._storage.record_heartbeat(waiting._trial_id)  # type: ignore[attr-defined]
@@ -232,12 +237,7 @@ def test_a_trial_that_is_queued_again_between_two_looks_is_left(
     """It trained at the first look, for what waits, and waits at the second, for what trains."""
     from rapidfire_automl.executor.crew import Crew
 
-    worker, gone = workers.Worker.here(), Forked(int)
-    gone.wait()
-    workers.fill(study, 1)
-    dead = workers.claim(study, workers.claimable(study)[0], worker)
-    assert dead is not None
-    dead.set_user_attr(workers.WORKER_ATTR, {**worker.to_json(dead.number), "pid": gone.pid})
+    leave_one_behind(study)
     look = study.get_trials
 
     def then_it_is_queued(*given: Any, **options: Any) -> Any:
@@ -247,7 +247,9 @@ def test_a_trial_that_is_queued_again_between_two_looks_is_left(
         return found
 
     monkeypatch.setattr(study, "get_trials", then_it_is_queued)
-    crew = Crew(study, worker, {}, lambda number: tmp_path, lambda *args, **data: None, lambda reason: None)
+    crew = Crew(
+        study, workers.Worker.here(), {}, lambda number: tmp_path, lambda *args, **data: None, lambda reason: None
+    )
     assert crew.claimable() == []
     assert (crew.left, crew.others) == (1, 0)
     assert len(crew.claimable()) == 1

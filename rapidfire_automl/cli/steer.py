@@ -14,7 +14,7 @@ import typer
 from rapidfire_automl.cli.terminal import FAILED, Terminal
 from rapidfire_automl.cli.why import newest_run
 from rapidfire_automl.control import ControlError, Sent
-from rapidfire_automl.settings import check_set_once, toml_value
+from rapidfire_automl.settings import toml_value
 from rapidfire_automl.steering import Search
 
 NO_ANSWER = 3
@@ -135,11 +135,12 @@ def _steer(
 
 
 def _values(lines: list[str] | None) -> dict[str, Any]:
-    check_set_once(lines or [])
-    values = {}
+    texts: dict[str, str] = {}
     for line in lines or []:
-        name, equals, text = line.partition("=")
-        if not equals or not name.strip():
+        name, equals, text = (part.strip() for part in line.partition("="))
+        if not equals or not name:
             raise ControlError(f"A value must look like `learning_rate=1e-4`, got `{line}`.")
-        values[name.strip()] = toml_value(text)
-    return values
+        if name in texts:
+            raise ControlError(f"`{name}` is set twice, to {texts[name]} and to {text}. Leave one out.")
+        texts[name] = text
+    return {name: toml_value(text) for name, text in texts.items()}
