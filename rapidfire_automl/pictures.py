@@ -26,6 +26,8 @@ from rapidfire_automl.drawing import (
     time_ticks,
     title,
 )
+from rapidfire_automl.events import ENDED_WITH_SEARCH
+from rapidfire_automl.rankings import has_failed
 from rapidfire_policies.base import TrialState
 from rapidfire_policies.wording import counted
 
@@ -166,7 +168,8 @@ def draw_timeline(
     _busy_strip(figure, axes, shown, slots)
     used = sum(len(r.values) for r in records.values())
     full = chunks * len(records)
-    saved = f", {1 - used / full:.0%} saved" if full and used < full else ""
+    is_cut_short = any(record.error == ENDED_WITH_SEARCH for record in records.values())
+    saved = f", {1 - used / full:.0%} saved" if full and used < full and not is_cut_short else ""
     title(
         figure,
         f"Who trained when: {used} of {counted(full, 'chunk')}{saved}",
@@ -272,7 +275,7 @@ def mark_end(
         axes.plot([x], [edge], marker="^" if edge == high else "v", color=MUTED, markersize=6, clip_on=False, zorder=5)
         return
     stopped = record.state is TrialState.STOPPED
-    failed = record.state is TrialState.FAILED or len(xs) - (xs[0] == 0.0) < len(record.values)
+    failed = has_failed(record) or len(xs) - (xs[0] == 0.0) < len(record.values)
     if failed:
         axes.plot(xs[-1], ys[-1], marker="x", color=FAILED, markersize=6, markeredgewidth=1.6, zorder=5, clip_on=False)
     elif stopped:
@@ -338,7 +341,7 @@ def _ending(record: TrialRecord, chunks: int, *, best: bool) -> tuple[str, str]:
         return f"● {value}", INK
     if record.state is TrialState.STOPPED:
         return f"× {done}/{chunks}", MUTED
-    if record.state is TrialState.FAILED:
+    if has_failed(record):
         return f"failed at {done}/{chunks}", FAILED
     if record.state is TrialState.PAUSED:
         return f"paused at {done}/{chunks}", MUTED
@@ -353,7 +356,8 @@ def _curves_title(shown: Mapping[int, TrialRecord], best: int | None, base_value
 
 
 def _legend_line(shown: Mapping[int, TrialRecord]) -> str:
-    states = [record.state for record in shown.values()]
+    cut_short = [record.error == ENDED_WITH_SEARCH for record in shown.values()]
+    states = [TrialState.RUNNING if cut else r.state for cut, r in zip(cut_short, shown.values(), strict=True)]
     parts = []
     for state, text in (
         (TrialState.COMPLETE, "trained to the end"),

@@ -11,7 +11,8 @@ import pytest
 
 from rapidfire_automl.cost_picture import draw_cost
 from rapidfire_automl.drawing import clock, colours_of, short_param, time_ticks
-from rapidfire_automl.pictures import _bars, draw_curves, draw_timeline, limits
+from rapidfire_automl.events import ENDED_WITH_SEARCH
+from rapidfire_automl.pictures import _bars, _ending, _legend_line, draw_curves, draw_timeline, limits
 from rapidfire_automl.records import TrialRecord
 from rapidfire_policies.base import TrialState
 
@@ -98,6 +99,15 @@ def test_words() -> None:
     assert clock(0.5) == "0.5 s"
     assert time_ticks(1.2, 9.0) == [2, 3, 4, 5, 6, 7, 8, 9]
     assert all(len(time_ticks(3.0, end)) <= 9 for end in (3.1, 5.0, 100.0, 1e4, 1e6))
+
+
+def test_who_ended_with_its_search_has_not_failed() -> None:
+    shown = {
+        0: record(0, [2.0], TrialState.FAILED, error=ENDED_WITH_SEARCH),
+        1: record(1, [2.0], TrialState.FAILED, error="boom"),
+    }
+    assert [_ending(one, 6, best=False)[0] for one in shown.values()] == ["1/6", "failed at 1/6"]
+    assert _legend_line(shown) == "1 cut short, 1 failed"
 
 
 def test_the_cost_of_a_value(tmp_path: Path) -> None:
